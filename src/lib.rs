@@ -1,0 +1,15 @@
+//! Portcullis: a zero-trust mTLS proxy.
+//!
+//! ```text
+//! listener ─ Accepted ─ tls::server ─ Authenticated ─ policy ─ Admitted ─ proxy::tcp ─ upstream
+//! ```
+//!
+//! The rooms, from the outside in: [`cli`](crate) → `app` → `admin`, [`proxy`] → [`policy`], [`tls`] → [`identity`] →
+//! [`config`]; `telemetry` receives plain records. The whole picture is in ARCHITECTURE.md.
+
+pub mod clock;
+pub mod config;
+pub mod identity;
+pub mod policy;
+pub mod proxy;
+pub mod tls;

@@ -1,0 +1,3 @@
+//! The data path: accept, authenticate, admit, forward, record.
+
+pub mod record;
