@@ -42,3 +42,24 @@ impl Policy {
         Decision { verdict: Verdict::Deny, rule: "default".into(), mode: PolicyMode::Enforce }
     }
 }
+
+/// One listener's rules.
+#[derive(Debug, Default)]
+pub struct ListenerPolicy {
+    naive: Vec<super::pattern::IdPattern>,
+}
+
+impl ListenerPolicy {
+    /// Decides about one peer.
+    pub fn decide(&self, peer: &SpiffeId) -> Decision {
+        let allow = self.naive.iter().any(|p| p.matches(peer));
+        Decision::new(if allow { Verdict::Allow } else { Verdict::Deny }, "default".into(), PolicyMode::Enforce)
+    }
+}
+
+impl Decision {
+    /// A decision.
+    pub fn new(verdict: Verdict, rule: Arc<str>, mode: PolicyMode) -> Self {
+        Self { verdict, rule, mode }
+    }
+}
