@@ -63,3 +63,14 @@ impl Decision {
         Self { verdict, rule, mode }
     }
 }
+
+impl Policy {
+    /// Compiles.
+    pub fn compile(_: &crate::config::Config) -> Self {
+        Self {}
+    }
+    /// One listener's rules.
+    pub fn listener(&self, _: &str) -> Option<Arc<ListenerPolicy>> {
+        None
+    }
+}

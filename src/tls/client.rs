@@ -129,8 +129,9 @@ pub async fn connect(
     let stream = match outcome {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
+            let claimed = verdict.claimed.as_ref().map(|peer| peer.id().clone());
             let failure = failure_of(&error, verdict, Direction::Outbound);
-            return (attempt.record(computing, None, Err(failure)), None);
+            return (HandshakeRecord { claimed, ..attempt.record(computing, None, Err(failure)) }, None);
         }
         Err(_) => {
             let failure = Failure::new(Reason::Timeout, "the handshake did not finish in time");

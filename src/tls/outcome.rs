@@ -75,6 +75,7 @@ impl Attempt {
             computing,
             negotiated,
             peer,
+            claimed: None,
             failure,
             offered_weak: self.offered_weak,
         }

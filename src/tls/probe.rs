@@ -21,6 +21,8 @@ use super::trust::Peer;
 pub(super) struct Verdict {
     /// The peer, if its chain and signature stood.
     pub(super) peer: Option<Arc<Peer>>,
+    /// Whose certificate it was that was refused by name: its chain is good, but it had not yet proven to hold the key.
+    pub(super) claimed: Option<Arc<Peer>>,
     /// What the peer signed the handshake with.
     pub(super) scheme: Option<SignatureScheme>,
     /// Why the peer was refused.

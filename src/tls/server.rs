@@ -144,8 +144,9 @@ pub async fn accept(
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
             let peer = verdict.peer.as_ref().filter(|_| verdict.scheme.is_some()).map(|peer| peer.id().clone());
+            let claimed = verdict.claimed.as_ref().map(|peer| peer.id().clone());
             let failure = failure_of(&error, verdict, Direction::Inbound);
-            return (attempt.record(computing, peer, Err(failure)), None);
+            return (HandshakeRecord { claimed, ..attempt.record(computing, peer, Err(failure)) }, None);
         }
         Err(_) => {
             let failure = Failure::new(Reason::Timeout, "the handshake did not finish in time");

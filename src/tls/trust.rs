@@ -123,11 +123,20 @@ impl Trust {
     /// # Errors
     /// The reason, with details for a log.
     pub fn judge(&self, chain: &[CertificateDer<'_>], usage: Usage) -> Result<Arc<Peer>, Failure> {
+        self.judge_at(chain, usage, self.clock.now())
+    }
+
+    /// Judges a chain as of another moment, seconds since the Unix epoch: for live connections that may outlast their
+    /// peer's SVID.
+    ///
+    /// # Errors
+    /// The reason, with details for a log.
+    pub fn judge_at(&self, chain: &[CertificateDer<'_>], usage: Usage, at: u64) -> Result<Arc<Peer>, Failure> {
         if chain.len() > MAX_CHAIN || chain.iter().any(|cert| cert.len() > MAX_CERT_BYTES) {
             return Err(Failure::new(Reason::BadCertificate, "the chain is too long"));
         }
         let Some(leaf) = chain.first() else { return Err(Failure::new(Reason::NoCertificate, "")) };
-        let now = self.clock.unix_time();
+        let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs(at));
         let key = digest_of(chain, usage);
         let remembered = self.memory().get(&key).cloned();
         if let Some(peer) = remembered {

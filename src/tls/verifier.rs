@@ -50,7 +50,14 @@ impl<A: Admits> PeerVerifier<A> {
         let mut chain = Vec::with_capacity(1 + intermediates.len());
         chain.push(CertificateDer::from(end_entity.as_ref()));
         chain.extend(intermediates.iter().map(|cert| CertificateDer::from(cert.as_ref())));
-        match self.judge(&chain) {
+        let judged = self.trust.judge(&chain, self.usage).and_then(|peer| match self.admits.admits(peer.id()) {
+            Ok(()) => Ok(peer),
+            Err(failure) => {
+                probe::note(|verdict| verdict.claimed = Some(peer));
+                Err(failure)
+            }
+        });
+        match judged {
             Ok(peer) => {
                 probe::note(|verdict| verdict.peer = Some(peer));
                 Ok(())

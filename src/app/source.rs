@@ -1,0 +1,1 @@
+//! Which source of identities a config asks for.
