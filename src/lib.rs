@@ -13,4 +13,6 @@ pub mod config;
 pub mod identity;
 pub mod policy;
 pub mod proxy;
+#[cfg(test)]
+pub mod testing;
 pub mod tls;
