@@ -9,6 +9,11 @@ use crate::identity::{SpiffeId, TrustDomain};
 /// The most segments that a pattern may have.
 pub const MAX_SEGMENTS: usize = 32;
 
+/// The most different sets of places where the patterns of one listener may have `*`, in one trust domain. A decision
+/// follows at most one path a shape through the compiled index, so this bounds what it costs, whatever the number of
+/// rules.
+pub const MAX_WILDCARD_SHAPES: usize = 64;
+
 /// One segment of a pattern.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Segment {
@@ -85,6 +90,20 @@ impl IdPattern {
     /// Its segments.
     pub fn segments(&self) -> &[Segment] {
         &self.segments
+    }
+
+    /// Whether it stands for exactly one SPIFFE ID.
+    pub fn is_exact(&self) -> bool {
+        self.segments.iter().all(|segment| matches!(segment, Segment::Literal(_)))
+    }
+
+    /// The places of `*` in the pattern, as bits: bit n for segment n.
+    pub fn wildcard_shape(&self) -> u32 {
+        self.segments
+            .iter()
+            .zip(0..u32::BITS)
+            .filter(|(segment, _)| matches!(segment, Segment::One))
+            .fold(0, |bits, (_, place)| bits | (1 << place))
     }
 
     /// Whether an ID matches: the plain definition that the compiled index is tested against.
