@@ -6,4 +6,4 @@
 pub mod compiled;
 pub mod pattern;
 
-pub use compiled::{Decision, Policy, Verdict};
+pub use compiled::{Decision, ListenerPolicy, Policy, Verdict};

@@ -161,3 +161,77 @@ impl schemars::JsonSchema for IdPattern {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matches(pattern: &str, id: &str) -> bool {
+        IdPattern::parse(pattern).unwrap().matches(&SpiffeId::parse(id).unwrap())
+    }
+
+    #[test]
+    fn wildcards_take_whole_segments() {
+        for (pattern, id, expected) in [
+            ("spiffe://td/a/b", "spiffe://td/a/b", true),
+            ("spiffe://td/a/b", "spiffe://td/a", false),
+            ("spiffe://td/a/b", "spiffe://td/a/b/c", false),
+            ("spiffe://td/a/b", "spiffe://td2/a/b", false),
+            ("spiffe://td/a/b", "spiffe://td/a/B", false),
+            ("spiffe://td/ns/*/sa/web", "spiffe://td/ns/x/sa/web", true),
+            ("spiffe://td/ns/*/sa/web", "spiffe://td/ns/x/y/sa/web", false),
+            ("spiffe://td/ns/*/sa/web", "spiffe://td/ns/sa/web", false),
+            ("spiffe://td/ns/*", "spiffe://td/ns/x", true),
+            ("spiffe://td/ns/*", "spiffe://td/ns", false),
+            ("spiffe://td/ns/**", "spiffe://td/ns/x/y/z", true),
+            ("spiffe://td/ns/**", "spiffe://td/ns", false),
+            ("spiffe://td/ns/**", "spiffe://td/nsx/y", false),
+            ("spiffe://td/**", "spiffe://td/x", true),
+            ("spiffe://td", "spiffe://td/x/y", true),
+            ("spiffe://td", "spiffe://td", false),
+            ("spiffe://td", "spiffe://td.evil/x", false),
+            ("spiffe://td", "spiffe://evil.td/x", false),
+        ] {
+            assert_eq!(matches(pattern, id), expected, "{pattern} {id}");
+        }
+    }
+
+    #[test]
+    fn other_forms_are_refused() {
+        for pattern in [
+            "",
+            "td/a",
+            "https://td/a",
+            "spiffe://",
+            "spiffe:///a",
+            "spiffe://*/a",
+            "spiffe://*.td/a",
+            "spiffe://TD/a",
+            "spiffe://td/",
+            "spiffe://td/a/",
+            "spiffe://td//a",
+            "spiffe://td/../a",
+            "spiffe://td/a*",
+            "spiffe://td/*a",
+            "spiffe://td/**/a",
+            "spiffe://td/***",
+            "spiffe://td/a?b",
+            "spiffe://td:80/a",
+            "spiffe://td/%61",
+        ] {
+            assert!(IdPattern::parse(pattern).is_err(), "{pattern}");
+        }
+        let deep = |segments| format!("spiffe://td{}", "/a".repeat(segments));
+        assert!(IdPattern::parse(&deep(MAX_SEGMENTS)).is_ok());
+        assert!(IdPattern::parse(&deep(MAX_SEGMENTS + 1)).is_err());
+    }
+
+    #[test]
+    fn shapes_tell_where_the_wildcards_stand() {
+        let shape = |text: &str| IdPattern::parse(text).unwrap().wildcard_shape();
+        assert_eq!(shape("spiffe://td/a/*/b/*"), 0b1010);
+        assert_eq!(shape("spiffe://td/*/**"), 0b1);
+        assert!(IdPattern::parse("spiffe://td/a").unwrap().is_exact());
+        assert!(!IdPattern::parse("spiffe://td").unwrap().is_exact());
+    }
+}
