@@ -68,7 +68,7 @@ impl Expected {
     /// The decision about an upstream.
     pub fn decide(&self, id: &SpiffeId) -> Decision {
         let verdict = if self.contains(id) { Verdict::Allow } else { Verdict::Deny };
-        Decision::new(verdict, Arc::clone(&self.rule), PolicyMode::Enforce)
+        Decision { verdict, rule: Arc::clone(&self.rule), mode: PolicyMode::Enforce, audited: None }
     }
 
     /// Admits a proven upstream, or gives it back with the decision that refused it.
