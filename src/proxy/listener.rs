@@ -21,6 +21,7 @@ use super::record::{Cause, Observer};
 use super::registry::Registry;
 use super::upstream::{HostPort, Target};
 use crate::clock::Clock;
+use crate::config::address;
 use crate::config::schema::{Connections, OnPeerExpiry, ProxyProtocol};
 use crate::identity::svid::Usage;
 use crate::policy::{Expected, ListenerPolicy};
@@ -184,10 +185,13 @@ impl Address {
     /// # Errors
     /// What is wrong with it, in words.
     pub fn parse(text: &str) -> Result<Self, String> {
-        match text.strip_prefix("unix://") {
-            Some(path) if path.starts_with('/') => Ok(Self::Unix(path.into())),
-            Some(_) => Err(format!("'{text}': a Unix socket is written unix:///absolute/path")),
-            None => text.parse().map(Self::Tcp).map_err(|_| format!("'{text}' is neither IP:PORT nor unix:///path")),
+        let target = address::Target::parse(text)?;
+        match target.socket_addr() {
+            Some(at) => Ok(Self::Tcp(at)),
+            None => match target {
+                address::Target::Unix(path) => Ok(Self::Unix(path)),
+                address::Target::Tcp { host, .. } => Err(format!("'{host}' is not an IP address")),
+            },
         }
     }
 }

@@ -22,3 +22,6 @@ pub use outcome::Authenticated;
 pub use profile::Profile;
 pub use server::ServerTls;
 pub use trust::{Peer, Trust};
+
+#[cfg(test)]
+mod tests;
