@@ -4,9 +4,10 @@
 //! listener ─ Accepted ─ tls::server ─ Authenticated ─ policy ─ Admitted ─ proxy::tcp ─ upstream
 //! ```
 //!
-//! The rooms, from the outside in: [`cli`](crate) → `app` → `admin`, [`proxy`] → [`policy`], [`tls`] → [`identity`] →
+//! The rooms, from the outside in: [`cli`] → `app` → `admin`, [`proxy`] → [`policy`], [`tls`] → [`identity`] →
 //! [`config`]; `telemetry` receives plain records. The whole picture is in ARCHITECTURE.md.
 
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod identity;
