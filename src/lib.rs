@@ -4,15 +4,16 @@
 //! listener ─ Accepted ─ tls::server ─ Authenticated ─ policy ─ Admitted ─ proxy::tcp ─ upstream
 //! ```
 //!
-//! The rooms, from the outside in: [`cli`](crate) → `app` → `admin`, [`proxy`] → [`policy`], [`tls`] → [`identity`] →
+//! The rooms, from the outside in: [`cli`] → [`app`] → `admin`, [`proxy`] → [`policy`], [`tls`] → [`identity`] →
 //! [`config`]; `telemetry` receives plain records. The whole picture is in ARCHITECTURE.md.
 
 pub mod app;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod identity;
 pub mod policy;
 pub mod proxy;
 #[cfg(test)]
-pub mod testing;
+mod testing;
 pub mod tls;

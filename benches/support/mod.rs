@@ -61,7 +61,7 @@ pub fn profile(keys: Key, group: &str, resumption: bool) -> Arc<Profile> {
     let config = TlsConfig {
         groups: Some(vec![group.to_owned()]),
         post_quantum: PostQuantum::Off,
-        svid_keys: if keys == Key::P384 { SvidKey::P384 } else { SvidKeys::P256Allowed },
+        svid_keys: if keys == Key::P384 { SvidKeys::P384 } else { SvidKeys::P256Allowed },
         resumption,
         ..TlsConfig::default()
     };

@@ -55,7 +55,10 @@ pub fn check_files(loaded: &Loaded) -> FileFindings {
     }
     if let Some(authority) = &identity.authority {
         if let Some(directory) = &authority.state_dir {
-            look.directory(at!["identity", "authority", "state_dir"], directory);
+            // The authority makes its own directory, but not the way to it.
+            if !directory.is_dir() {
+                look.directory(at!["identity", "authority", "state_dir"], directory.parent().unwrap_or(directory));
+            }
         }
         for (domain, document) in authority.federates_with.iter().filter(|(_, d)| !d.contains("://")) {
             let at = at!["identity", "authority", "federates_with", domain.as_str()];
@@ -77,7 +80,10 @@ pub fn check_files(loaded: &Loaded) -> FileFindings {
             look.directory(at!["outbound", index, "listen"], directory);
         }
     }
-    look.found
+    let mut found = look.found;
+    found.errors.sort_by_key(|finding| finding.place);
+    found.warnings.sort_by_key(|finding| finding.place);
+    found
 }
 
 struct Look<'a> {
@@ -96,7 +102,7 @@ impl Look<'_> {
         let problem = match std::fs::File::open(file).and_then(|mut open| open.read(&mut first)) {
             Ok(1..) => return,
             Ok(_) => "it is empty; fill it".to_owned(),
-            Err(e) => format!("{e}; put it there and make it readable"),
+            Err(e) => format!("{}; put it there and make it readable", in_words(&e)),
         };
         let finding = self.finding(at, format!("{}: {problem}", file.display()));
         self.found.errors.push(finding);
@@ -124,9 +130,15 @@ impl Look<'_> {
         let problem = match std::fs::metadata(socket) {
             Ok(meta) if meta.file_type().is_socket() => return,
             Ok(_) => format!("it is not a socket; {meanwhile}"),
-            Err(e) => format!("{e}; {meanwhile}"),
+            Err(e) => format!("{}; {meanwhile}", in_words(&e)),
         };
         let finding = self.finding(at, format!("{}: {problem}", socket.display()));
         self.found.warnings.push(finding);
     }
+}
+
+/// The system's words without its number.
+pub(super) fn in_words(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    text.split_once(" (os error").map_or(text.as_str(), |(words, _)| words).to_owned()
 }

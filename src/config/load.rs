@@ -9,7 +9,7 @@ use std::path::Path;
 
 use serde_saphyr::{Error, MessageFormatter};
 
-use super::positions::Positions;
+use super::positions::{Positions, at};
 use super::schema::Config;
 use super::{files, validate};
 
@@ -32,9 +32,14 @@ pub struct Finding {
 impl Finding {
     /// The finding as a line that names the file: `FILE:LINE:COLUMN: …`.
     pub fn line(&self, name: &str) -> String {
+        self.line_with(name, "")
+    }
+
+    /// As [`Finding::line`], with a word such as `warning: ` after the place.
+    pub fn line_with(&self, name: &str, word: &str) -> String {
         match self.place {
-            Some(Place { line, column }) => format!("{name}:{line}:{column}: {}", self.what),
-            None => format!("{name}: {}", self.what),
+            Some(Place { line, column }) => format!("{name}:{line}:{column}: {word}{}", self.what),
+            None => format!("{name}: {word}{}", self.what),
         }
     }
 }
@@ -89,6 +94,18 @@ pub struct Loaded {
     /// The file, as it was named.
     pub name: String,
     pub(super) positions: Positions,
+}
+
+impl Loaded {
+    /// Where the rule of that name stands, `allow:<listener>` included; none if the file has no such rule.
+    pub fn place_of_rule(&self, rule: &str) -> Option<Place> {
+        if let Some(listener) = rule.strip_prefix("allow:") {
+            let index = self.config.inbound.iter().position(|l| l.name == listener)?;
+            return Some(self.positions.at(at!["inbound", index, "allow"]));
+        }
+        let index = self.config.policy.rules.iter().position(|r| r.name == rule)?;
+        Some(self.positions.at(at!["policy", "rules", index]))
+    }
 }
 
 /// What the surroundings contribute to a config.
@@ -183,9 +200,9 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 
 /// Reads a file of at most [`MAX_FILE_BYTES`].
 pub(super) fn read_bounded(path: &Path) -> Result<Vec<u8>, String> {
-    let file = std::fs::File::open(path).map_err(|e| e.to_string())?;
+    let file = std::fs::File::open(path).map_err(|e| files::in_words(&e))?;
     let mut bytes = Vec::new();
-    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|e| files::in_words(&e))?;
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(format!("it is larger than {MAX_FILE_BYTES} bytes; no config needs that"));
     }

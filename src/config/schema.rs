@@ -10,9 +10,10 @@ use crate::policy::pattern::IdPattern;
 
 pub use super::values::{OneOrMany, Span};
 
-/// The whole config file.
+/// The whole config file. Relative paths in it are relative to the file itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(title = "Portcullis config")]
 pub struct Config {
     /// Where our SVID and trust bundles come from. A text is the address of a SPIFFE Workload API
     /// (`unix:///run/spire/sockets/agent.sock` or `tcp://127.0.0.1:8081`); without it SPIFFE_ENDPOINT_SOCKET is used.
