@@ -413,3 +413,6 @@ fn resize(places: &Arc<Semaphore>, before: usize, after: usize) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

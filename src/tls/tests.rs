@@ -57,7 +57,9 @@ impl World {
 
     fn bundles(&self, authorities: &[&TestCa]) -> Arc<TrustBundles> {
         let mut bundles = TrustBundles::empty();
-        bundles.set(TrustDomain::parse("a.example").unwrap(), authorities.iter().map(|ca| ca.root()).collect()).unwrap();
+        bundles
+            .set(TrustDomain::parse("a.example").unwrap(), authorities.iter().map(|ca| ca.root()).collect())
+            .unwrap();
         Arc::new(bundles)
     }
 
@@ -79,7 +81,9 @@ impl World {
         let policy = Policy::compile(&crate::config::parse(&text, "test").unwrap().config).listener("in").unwrap();
         let identity = self.identity(&self.server, &bundles);
         let trust = self.trust(&bundles);
-        Arc::new(ServerTls::new(&self.profile, &identity, &trust, &policy, &self.time.clock(), true, generation).unwrap())
+        Arc::new(
+            ServerTls::new(&self.profile, &identity, &trust, &policy, &self.time.clock(), true, generation).unwrap(),
+        )
     }
 
     /// Our client, which trusts `authorities` and expects `expect`.
@@ -308,9 +312,8 @@ async fn proof_2_after_a_change_of_bundle_or_policy_a_kept_ticket_opens_nothing(
     for versions in [TLS13, TLS12] {
         let world = World::new();
         let bare = world.bare_client(Some(&world.client), versions);
-        call(&world.server(&[&world.ca], CLIENT, 1), &bare).await;
         let before = world.server(&[&world.ca], CLIENT, 1);
-        call(&before, &bare).await;
+        let _ = call(&before, &bare).await;
         assert!(resumed(&call(&before, &bare).await.0));
         // The bundle no longer holds the authority of the client.
         let (record, seen) = call(&world.server(&[&other], CLIENT, 2), &bare).await;
@@ -318,7 +321,7 @@ async fn proof_2_after_a_change_of_bundle_or_policy_a_kept_ticket_opens_nothing(
         assert!(seen.is_err());
         // The policy no longer admits the client.
         let before = world.server(&[&world.ca], CLIENT, 3);
-        call(&before, &bare).await;
+        let _ = call(&before, &bare).await;
         assert!(resumed(&call(&before, &bare).await.0));
         let (record, seen) = call(&world.server(&[&world.ca], "spiffe://a.example/other", 4), &bare).await;
         assert_eq!(reason(&record), Some(Reason::Denied), "{record:?}");
