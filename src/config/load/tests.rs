@@ -309,7 +309,7 @@ proptest::proptest! {
         let good = include_str!("../../../config/reference.yaml");
         let start = (at.min(good.len())..=good.len()).find(|&i| good.is_char_boundary(i)).unwrap();
         let end = ((start + cut).min(good.len())..=good.len()).find(|&i| good.is_char_boundary(i)).unwrap();
-        let text = format!("{}{with}{}", &good[..start], &good[end..]);
+        let text = format!("{}{with}{}", good.get(..start).unwrap(), good.get(end..).unwrap());
         if let Err(errors) = read(&text) {
             for line in errors.to_string().lines() {
                 proptest::prop_assert!(line.starts_with("f.yaml:"), "{line}");
