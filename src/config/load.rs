@@ -141,7 +141,7 @@ pub fn load(path: &Path) -> Result<Loaded, ConfigErrors> {
 pub fn load_with(path: &Path, options: &LoadOptions) -> Result<Loaded, ConfigErrors> {
     let name = path.display().to_string();
     let refuse = |what: String| ConfigErrors::new(&name, vec![Finding { place: None, what }]);
-    let bytes = read_bounded(path).map_err(|why| refuse(format!("cannot be read: {why}")))?;
+    let bytes = read_bounded(path).map_err(|e| refuse(format!("cannot be read: {}", files::in_words(&e))))?;
     let text = std::str::from_utf8(&bytes).map_err(|e| {
         let good = bytes.get(..e.valid_up_to()).unwrap_or_default();
         let line = good.iter().filter(|&&b| b == b'\n').count() + 1;
@@ -199,12 +199,12 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 }
 
 /// Reads a file of at most [`MAX_FILE_BYTES`].
-pub(super) fn read_bounded(path: &Path) -> Result<Vec<u8>, String> {
-    let file = std::fs::File::open(path).map_err(|e| files::in_words(&e))?;
+pub(super) fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|e| files::in_words(&e))?;
+    std::fs::File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(format!("it is larger than {MAX_FILE_BYTES} bytes; no config needs that"));
+        let why = format!("it is larger than {MAX_FILE_BYTES} bytes; no config needs that");
+        return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, why));
     }
     Ok(bytes)
 }

@@ -1,6 +1,6 @@
 //! What a user declares.
 //!
-//! Owns the schema ([`schema`]), its defaults, loading with positions ([`load`]), validation, and watching for change
+//! Owns the schema ([`schema`]), its defaults, loading with positions ([`mod@load`]), validation, and watching for change
 //! ([`watch`]). In: one YAML file. Out: a [`Config`] that is whole and meaningful, or [`ConfigErrors`] of which each
 //! line names file, line and column and says what to do. Unknown keys are refused.
 

@@ -68,8 +68,8 @@ impl Watcher {
         self.seen = None;
     }
 
-    /// Waits until the content differs from what is known, and takes it as known. A file that is away or cannot be
-    /// read is waited for. Cancel-safe: nothing is taken as known before this returns.
+    /// Waits until the content differs from what is known, and takes it as known. A file that is away is waited for;
+    /// one that can no longer be read counts as changed, once. Cancel-safe: nothing is taken as known before this returns.
     pub async fn changed(&mut self) {
         loop {
             tokio::time::sleep(self.interval).await;
@@ -102,10 +102,16 @@ impl Watcher {
         (self.seen.as_ref() != Some(&stamp)).then_some(stamp)
     }
 
+    /// The digest of the content; none while there is no file.
     async fn digest(&self) -> Option<String> {
         let path = self.path.clone();
-        let read = tokio::task::spawn_blocking(move || read_bounded(&path).map(|bytes| digest_hex(&bytes)));
-        read.await.ok()?.ok()
+        let read = tokio::task::spawn_blocking(move || match read_bounded(&path) {
+            Ok(bytes) => Some(digest_hex(&bytes)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+            // A file that cannot be read is a change too: loading it will say what is wrong.
+            Err(e) => Some(e.to_string()),
+        });
+        read.await.ok()?
     }
 }
 
@@ -154,6 +160,11 @@ mod tests {
         assert!(quiet(&mut watcher).await);
         std::fs::write(&file, "four").unwrap();
         assert!(changes(&mut watcher).await);
+
+        let large = vec![b'#'; super::super::load::MAX_FILE_BYTES as usize + 1];
+        std::fs::write(&file, large).unwrap(); // loading will say so
+        assert!(changes(&mut watcher).await);
+        assert!(quiet(&mut watcher).await);
     }
 
     #[tokio::test]

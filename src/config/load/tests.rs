@@ -299,3 +299,22 @@ fn files_that_cannot_be_a_config_are_refused_as_a_whole() {
     assert!(load(&dir.path().join("absent")).unwrap_err().to_string().contains("absent: cannot be read: No such file"));
     assert!(load(dir.path()).is_err());
 }
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(400))]
+
+    /// Whatever is in a file, the answer is a config or lines that each name the file.
+    #[test]
+    fn no_text_breaks_the_reader(at in 0_usize..4_000, cut in 0_usize..60, with in "[ -~\\n\\t\\u{80}-\\u{2030}]{0,12}") {
+        let good = include_str!("../../../config/reference.yaml");
+        let start = (at.min(good.len())..=good.len()).find(|&i| good.is_char_boundary(i)).unwrap();
+        let end = ((start + cut).min(good.len())..=good.len()).find(|&i| good.is_char_boundary(i)).unwrap();
+        let text = format!("{}{with}{}", good.get(..start).unwrap(), good.get(end..).unwrap());
+        if let Err(errors) = read(&text) {
+            for line in errors.to_string().lines() {
+                proptest::prop_assert!(line.starts_with("f.yaml:"), "{line}");
+                proptest::prop_assert!(!line.chars().any(char::is_control));
+            }
+        }
+    }
+}
