@@ -7,7 +7,7 @@ use rustls::ClientConfig;
 use rustls::client::{ResolvesClientCert, Resumption};
 use rustls::pki_types::ServerName;
 use rustls::sign::CertifiedKey;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsConnector;
 
@@ -107,13 +107,13 @@ impl ClientTls {
 ///
 /// # Errors
 /// None of its own: a refusal is a record without a connection.
-pub async fn connect(
-    stream: TcpStream,
+pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
     name: ServerName<'static>,
     tls: Arc<ClientTls>,
     slots: &Semaphore,
     deadline: Instant,
-) -> (HandshakeRecord, Option<Authenticated>) {
+) -> (HandshakeRecord, Option<Authenticated<S>>) {
     let deadline = tokio::time::Instant::from_std(deadline);
     let attempt = Attempt { direction: Direction::Outbound, began: Instant::now(), offered_weak: Vec::new() };
     let _slot = match tokio::time::timeout_at(deadline, slots.acquire()).await {

@@ -17,14 +17,14 @@ use crate::identity::SpiffeId;
 
 /// A connection whose peer has proven its identity. Only this room makes one.
 #[derive(Debug)]
-pub struct Authenticated {
-    stream: TlsStream<TcpStream>,
+pub struct Authenticated<S = TcpStream> {
+    stream: TlsStream<S>,
     peer: Arc<Peer>,
     negotiated: Negotiated,
 }
 
-impl Authenticated {
-    pub(super) fn new(stream: TlsStream<TcpStream>, peer: Arc<Peer>, negotiated: Negotiated) -> Self {
+impl<S> Authenticated<S> {
+    pub(super) fn new(stream: TlsStream<S>, peer: Arc<Peer>, negotiated: Negotiated) -> Self {
         Self { stream, peer, negotiated }
     }
 
@@ -39,12 +39,12 @@ impl Authenticated {
     }
 
     /// The bytes. Only an admitted connection gives them away: see `policy::Admitted`.
-    pub(crate) fn into_stream(self) -> TlsStream<TcpStream> {
+    pub(crate) fn into_stream(self) -> TlsStream<S> {
         self.stream
     }
 }
 
-impl crate::policy::Subject for Authenticated {
+impl<S> crate::policy::Subject for Authenticated<S> {
     fn spiffe_id(&self) -> &SpiffeId {
         self.peer.id()
     }

@@ -4,36 +4,88 @@
 //! admitted. The generation and the time of issue stand inside the seal; what does not match is no ticket, and the
 //! connection falls back to a full handshake. Each configuration has sealing keys of its own besides.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use aws_lc_rs::aead::{AES_256_GCM, Aad, Nonce, RandomizedNonceKey};
+use aws_lc_rs::rand;
 use rustls::server::ProducesTickets;
+use zeroize::Zeroizing;
 
 use crate::clock::Clock;
 
-/// How long a ticket may be used, seconds.
+/// How long a ticket may be used, and how long a key seals, seconds.
 pub const TICKET_LIFETIME: u32 = 600;
 
-/// Seals tickets for one generation.
-#[derive(Debug)]
+/// Bytes of the random nonce that stand before the sealed part.
+const NONCE: usize = 12;
+
+/// Seals tickets for one generation: AES-256-GCM with random nonces, keys that live for the time of one ticket and are
+/// forgotten after the time of a second.
 pub struct GenerationTicketer {
     generation: u64,
     clock: Clock,
-    seal: Arc<dyn ProducesTickets>,
+    keys: Mutex<Keys>,
+}
+
+struct Keys {
+    current: Arc<RandomizedNonceKey>,
+    previous: Option<Arc<RandomizedNonceKey>>,
+    /// Since when the current one seals, seconds since the Unix epoch.
+    since: u64,
+}
+
+impl std::fmt::Debug for GenerationTicketer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GenerationTicketer").field("generation", &self.generation).finish_non_exhaustive()
+    }
 }
 
 impl GenerationTicketer {
-    /// A ticketer with new random keys.
+    /// A ticketer with a new random key.
     ///
     /// # Errors
     /// The system gave no random bytes.
     pub fn new(generation: u64, clock: Clock) -> Result<Self, rustls::Error> {
-        Ok(Self { generation, clock, seal: rustls::crypto::aws_lc_rs::Ticketer::new()? })
+        let current = new_key().ok_or(rustls::Error::FailedToGetRandomBytes)?;
+        let since = clock.now();
+        Ok(Self { generation, clock, keys: Mutex::new(Keys { current, previous: None, since }) })
+    }
+
+    /// The keys of now: a new one if the current has sealed long enough, or if the clock went back behind it.
+    fn keys(&self, now: u64) -> (Arc<RandomizedNonceKey>, Option<Arc<RandomizedNonceKey>>) {
+        let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+        let age = now.checked_sub(keys.since);
+        if age.is_none_or(|age| age >= u64::from(TICKET_LIFETIME))
+            && let Some(next) = new_key()
+        {
+            let last = std::mem::replace(&mut keys.current, next);
+            keys.previous = age.filter(|age| *age < 2 * u64::from(TICKET_LIFETIME)).map(|_| last);
+            keys.since = now;
+        }
+        (Arc::clone(&keys.current), keys.previous.clone())
     }
 
     #[cfg(test)]
     fn of_next_generation(&self) -> Self {
-        Self { generation: self.generation + 1, clock: self.clock.clone(), seal: Arc::clone(&self.seal) }
+        let (current, previous) = self.keys(self.clock.now());
+        let since = self.clock.now();
+        let keys = Mutex::new(Keys { current, previous, since });
+        Self { generation: self.generation + 1, clock: self.clock.clone(), keys }
     }
+}
+
+fn new_key() -> Option<Arc<RandomizedNonceKey>> {
+    let mut bytes = Zeroizing::new([0; 32]);
+    rand::fill(&mut *bytes).ok()?;
+    RandomizedNonceKey::new(&AES_256_GCM, &*bytes).ok().map(Arc::new)
+}
+
+fn open(key: &RandomizedNonceKey, cipher: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+    let (nonce, sealed) = cipher.split_first_chunk::<NONCE>()?;
+    let mut bytes = Zeroizing::new(sealed.to_vec());
+    let length = key.open_in_place(Nonce::from(nonce), Aad::empty(), &mut bytes).ok()?.len();
+    bytes.truncate(length);
+    Some(bytes)
 }
 
 impl ProducesTickets for GenerationTicketer {
@@ -46,19 +98,28 @@ impl ProducesTickets for GenerationTicketer {
     }
 
     fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
-        let mut sealed = zeroize::Zeroizing::new(Vec::with_capacity(16 + plain.len()));
-        sealed.extend_from_slice(&self.generation.to_be_bytes());
-        sealed.extend_from_slice(&self.clock.now().to_be_bytes());
-        sealed.extend_from_slice(plain);
-        self.seal.encrypt(&sealed)
+        let now = self.clock.now();
+        let (key, _) = self.keys(now);
+        let mut bytes = Vec::with_capacity(16 + plain.len());
+        bytes.extend_from_slice(&self.generation.to_be_bytes());
+        bytes.extend_from_slice(&now.to_be_bytes());
+        bytes.extend_from_slice(plain);
+        // Sealed in place, so the plaintext is gone afterwards.
+        let (nonce, tag) = key.seal_in_place_separate_tag(Aad::empty(), &mut bytes).ok()?;
+        let mut ticket = Vec::with_capacity(NONCE + bytes.len() + tag.as_ref().len());
+        ticket.extend_from_slice(nonce.as_ref());
+        ticket.append(&mut bytes);
+        ticket.extend_from_slice(tag.as_ref());
+        Some(ticket)
     }
 
     fn decrypt(&self, cipher: &[u8]) -> Option<Vec<u8>> {
-        let opened = zeroize::Zeroizing::new(self.seal.decrypt(cipher)?);
+        let now = self.clock.now();
+        let (current, previous) = self.keys(now);
+        let opened = open(&current, cipher).or_else(|| open(previous.as_ref()?, cipher))?;
         let (generation, rest) = opened.split_first_chunk::<8>()?;
         let (issued, plain) = rest.split_first_chunk::<8>()?;
         let issued = u64::from_be_bytes(*issued);
-        let now = self.clock.now();
         let fresh = issued <= now && now - issued <= u64::from(TICKET_LIFETIME);
         (u64::from_be_bytes(*generation) == self.generation && fresh).then(|| plain.to_vec())
     }
@@ -81,8 +142,10 @@ mod tests {
         assert!(now.decrypt(&ticket).is_some());
         time.jump(1);
         assert_eq!(now.decrypt(&ticket), None, "too old");
-        time.jump(-602);
-        assert_eq!(now.decrypt(&ticket), None, "issued in the future: the clock went back");
+        let later = now.encrypt(b"later").unwrap();
+        assert!(now.decrypt(&later).is_some());
+        time.jump(-700);
+        assert_eq!(now.decrypt(&later), None, "issued in the future: the clock went back");
     }
 
     #[test]
