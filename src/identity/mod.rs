@@ -5,10 +5,14 @@
 //! builds its configurations. Private keys live here and in rustls signing keys, nowhere else.
 
 pub mod bundle;
+pub mod chain;
+pub mod crl;
+pub mod files;
 pub mod keeper;
 pub mod source;
 pub mod spiffe_id;
 pub mod svid;
+mod watched;
 
 use std::sync::Arc;
 
