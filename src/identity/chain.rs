@@ -3,6 +3,8 @@
 //! A peer would refuse it anyway, and for the reason it gives nobody can act. Narrower than what peers are judged by:
 //! revocation lists and extended uses of intermediates are the peers' to judge.
 
+use std::time::{Duration, UNIX_EPOCH};
+
 use rustls::pki_types::{CertificateDer, SignatureVerificationAlgorithm, TrustAnchor, UnixTime};
 use webpki::{EndEntityCert, aws_lc_rs as algorithms};
 
@@ -26,10 +28,10 @@ pub fn verify_own_chain(svid: &Svid, bundles: &TrustBundles, now: UnixTime) -> R
     let (id, domain, seconds) = (svid.id(), svid.id().trust_domain_name(), now.as_secs());
     let facts = svid.facts();
     if seconds > facts.not_after {
-        return Err(format!("{id} expired {} s ago", seconds - facts.not_after));
+        return Err(format!("{id} expired at {}", date(facts.not_after)));
     }
     if seconds < facts.not_before {
-        return Err(format!("{id} is not valid for another {} s: is the clock right?", facts.not_before - seconds));
+        return Err(format!("{id} is not valid before {}: is the clock right?", date(facts.not_before)));
     }
     let authorities = bundles
         .authorities(domain)
@@ -68,6 +70,12 @@ pub fn verify_own_chain(svid: &Svid, bundles: &TrustBundles, now: UnixTime) -> R
     Ok(until.min(anchored.unwrap_or(seconds)))
 }
 
+/// A time as people write it. Reasons hold points in time, not distances, so that they stay the same while they last.
+pub(super) fn date(seconds: u64) -> String {
+    let limit = 253_402_300_799; // the last second of the year 9999
+    humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(seconds.min(limit))).to_string()
+}
+
 /// The leaf's own extended use was read by [`Svid::new`].
 struct AnyUse;
 
@@ -82,8 +90,6 @@ impl webpki::ExtendedKeyUsageValidator for AnyUse {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::identity::TrustDomain;
     use crate::testing::{ExtendedKeyUsagePurpose as Eku, FAR_OFF, Issued, Key, Spec, TestCa};
@@ -129,7 +135,9 @@ mod tests {
     fn dates_include_both_ends() {
         let ca = TestCa::new("nhs.example");
         let issued = ca.issue(&Spec::leaf(ID).valid(NOW, NOW + 60));
-        for (now, word) in [(NOW - 1, "not valid for another 1 s"), (NOW + 61, "expired 1 s ago")] {
+        for (now, word) in
+            [(NOW - 1, "not valid before 2027-01-15T08:00:00Z"), (NOW + 61, "expired at 2027-01-15T08:01:00Z")]
+        {
             let why = check_at(&issued, &[&ca], now).unwrap_err();
             assert!(why.contains(word), "{why}");
         }

@@ -291,7 +291,7 @@ mod tests {
         for (name, content, words) in [
             ("cert.pem", String::new(), "no certificate in PEM"),
             ("cert.pem", issued.key_pem(), "no certificate in PEM"),
-            ("cert.pem", whole[..whole.len() / 2].into(), "broken PEM"),
+            ("cert.pem", whole.replace("-----END", ""), "broken PEM"),
             ("cert.pem", bad_leaf.chain_pem(), "does not start with spiffe://"),
             ("cert.pem", whole.clone() + &"#".repeat(MAX_CERTIFICATE_FILE), "larger than"),
             ("key.pem", String::new(), "no private key"),

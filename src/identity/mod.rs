@@ -6,8 +6,11 @@
 
 pub mod bundle;
 pub mod chain;
+pub mod choice;
 pub mod crl;
+mod current;
 pub mod files;
+mod held;
 pub mod keeper;
 pub mod source;
 pub mod spiffe_id;
