@@ -3,6 +3,8 @@
 use std::future::Future;
 use std::pin::Pin;
 
+use proptest::prelude::*;
+use rustls::pki_types::UnixTime;
 use tokio::sync::mpsc;
 
 use super::*;
@@ -499,4 +501,113 @@ async fn work_ends_when_nobody_listens() {
     drop(current);
     tokio::time::sleep(Duration::from_millis(10)).await;
     assert!(work.is_finished());
+}
+
+/// One thing that happens.
+#[derive(Clone, Debug)]
+enum Step {
+    /// A full set with an SVID of ours that lives so many seconds (or ended so many ago), and perhaps another one first.
+    Offer {
+        life: i64,
+        other_first: bool,
+    },
+    Repeat,
+    Stranger,
+    P256,
+    Without,
+    LeftOut,
+    NoIdentity,
+    Outage,
+    Jump(i64),
+    Wait(u64),
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        3 => (-20i64..120, any::<bool>()).prop_map(|(life, other_first)| Step::Offer { life, other_first }),
+        1 => Just(Step::Repeat),
+        1 => Just(Step::Stranger),
+        1 => Just(Step::P256),
+        1 => Just(Step::Without),
+        1 => Just(Step::LeftOut),
+        1 => Just(Step::NoIdentity),
+        1 => Just(Step::Outage),
+        1 => (-100i64..100).prop_map(Step::Jump),
+        3 => (0u64..40).prop_map(Step::Wait),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(48) })]
+    /// Whatever happens in whatever order: what is published is ours, proved, of an allowed key and not expired, says why
+    /// when it is not fresh, and does not outlive the source's word that there is none.
+    #[test]
+    fn no_order_of_events_publishes_what_must_not_be_used(steps in prop::collection::vec(any_step(), 1..40)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        runtime.block_on(async {
+            let bench = Bench::with(chosen(Some(WEB), None));
+            let api = bench.ca.svid("/api");
+            let stranger = TestCa::new("nhs.example");
+            let mut last_offered: Option<Issued> = None;
+            let mut before = bench.after_millis(10).await;
+            // When the source last began to say that we have no identity.
+            let mut none_since: Option<Instant> = None;
+            for step in steps {
+                match step.clone() {
+                    Step::Offer { life, other_first } => {
+                        let end = bench.now().saturating_add_signed(life);
+                        let issued = bench.ca.issue(&Spec::leaf(WEB).valid(end - 200, end));
+                        let set = if other_first { vec![&api, &issued] } else { vec![&issued] };
+                        bench.offer(&set).await;
+                        last_offered = Some(issued);
+                    }
+                    Step::Repeat => {
+                        if let Some(issued) = &last_offered {
+                            bench.offer(&[issued]).await;
+                        }
+                    }
+                    Step::Stranger => drop(bench.offer(&[&stranger.svid("/web")]).await),
+                    Step::P256 => drop(bench.offer(&[&bench.ca.issue(&Spec::leaf(WEB).key(Key::P256))]).await),
+                    Step::Without => drop(bench.offer(&[&api]).await),
+                    Step::LeftOut => {
+                        let refused = vec!["broken".to_owned()];
+                        let update = Update { bundles: bench.bundles(&[]), refused, ..Update::default() };
+                        bench.event(Event::Update(update)).await;
+                    }
+                    Step::NoIdentity => drop(bench.no_identity().await),
+                    Step::Outage => drop(bench.outage().await),
+                    Step::Jump(by) => {
+                        bench.clock.jump(by);
+                        bench.after(6).await;
+                    }
+                    Step::Wait(seconds) => drop(bench.after(seconds).await),
+                }
+                none_since = match step {
+                    Step::NoIdentity | Step::Without => none_since.or_else(|| Some(Instant::now())),
+                    Step::Repeat if last_offered.is_none() => none_since,
+                    Step::Outage | Step::Jump(_) | Step::Wait(_) => none_since,
+                    _ => None,
+                };
+                // Whatever the clock says now is noticed within a fifth of a second.
+                let now = bench.now();
+                let current = bench.after_millis(250).await;
+                let usable = matches!(current.state, SvidState::Fresh | SvidState::Stale);
+                assert_eq!(current.identity.is_some(), usable, "{step:?}: {current:?}");
+                assert_eq!(current.why.is_empty(), current.state == SvidState::Fresh, "{step:?}: {current:?}");
+                assert!(current.generation >= before.generation, "{step:?}: {current:?}");
+                assert!(current.counters.rotations >= before.counters.rotations);
+                if let Some(identity) = &current.identity {
+                    let facts = identity.svid.facts();
+                    assert_eq!(identity.generation, current.generation);
+                    assert_eq!((facts.id.as_str(), facts.key_type), (WEB, KeyType::P384));
+                    assert!(now <= facts.not_after, "{step:?}: {current:?}");
+                    assert!(verify_own_chain(&identity.svid, &bench.bundles(&[]), UnixTime::since_unix_epoch(Duration::from_secs(facts.not_after))).is_ok());
+                }
+                if none_since.is_some_and(|since| since.elapsed() > Duration::from_secs(GRACE)) {
+                    assert_eq!(current.state, SvidState::Absent, "{step:?}: {current:?}");
+                }
+                before = current;
+            }
+        });
+    }
 }
