@@ -169,7 +169,7 @@ impl Spec {
         params.distinguished_name = rcgen::DistinguishedName::new();
         params.distinguished_name.push(DnType::OrganizationName, "Portcullis tests");
         params.distinguished_name.push(DnType::CommonName, self.common_name.as_str());
-        params.is_ca = self.is_ca.clone();
+        params.is_ca = self.is_ca;
         params.key_usages.clone_from(&self.usages);
         params.extended_key_usages.clone_from(&self.extended);
         params.use_authority_key_identifier_extension = true;
