@@ -14,6 +14,7 @@ pub mod config;
 pub mod identity;
 pub mod policy;
 pub mod proxy;
+pub mod telemetry;
 #[cfg(test)]
 mod testing;
 pub mod tls;
