@@ -7,6 +7,7 @@
 //! The rooms, from the outside in: [`cli`](crate) → `app` → `admin`, [`proxy`] → [`policy`], [`tls`] → [`identity`] →
 //! [`config`]; `telemetry` receives plain records. The whole picture is in ARCHITECTURE.md.
 
+pub mod authority;
 pub mod clock;
 pub mod config;
 pub mod identity;

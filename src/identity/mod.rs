@@ -9,6 +9,7 @@ pub mod keeper;
 pub mod source;
 pub mod spiffe_id;
 pub mod svid;
+pub mod workload_api;
 
 use std::sync::Arc;
 
