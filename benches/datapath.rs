@@ -167,7 +167,11 @@ fn throughput(c: &mut Criterion) {
                             world.others.block_on(async {
                                 let share = ROUND / connections;
                                 let each = (0..connections).map(|_| async {
-                                    if up { upload(&world, relay.address, share).await } else { download(&world, relay.address, share).await }
+                                    if up {
+                                        upload(&world, relay.address, share).await
+                                    } else {
+                                        download(&world, relay.address, share).await
+                                    }
                                 });
                                 futures_util::future::join_all(each).await;
                             });
@@ -177,7 +181,10 @@ fn throughput(c: &mut Criterion) {
                         began.elapsed()
                     });
                 });
-                println!("  {way}/{who}: {:.1} ms of the relay's CPU for each 64 MiB", cpu.as_secs_f64() * 1e3 / rounds as f64);
+                println!(
+                    "  {way}/{who}: {:.1} ms of the relay's CPU for each 64 MiB",
+                    cpu.as_secs_f64() * 1e3 / rounds as f64
+                );
             }
         }
         group.finish();
@@ -203,7 +210,8 @@ fn requests(c: &mut Criterion) {
         let far = Relay::inbound(&world, ours, workload);
         let near = Relay::outbound(&world, ours, far.address);
         let mut streams: Vec<TcpStream> = world.others.block_on(async {
-            futures_util::future::join_all((0..16).map(|_| async { TcpStream::connect(near.address).await.unwrap() })).await
+            futures_util::future::join_all((0..16).map(|_| async { TcpStream::connect(near.address).await.unwrap() }))
+                .await
         });
         group.bench_function(format!("cpu/{who}"), |b| {
             b.iter_custom(|n| {
@@ -280,7 +288,6 @@ fn first_byte(c: &mut Criterion) {
     group.bench_function("two sidecars, full handshakes", |b| b.iter(|| one(near_full.0)));
     group.finish();
 }
-
 
 criterion_group!(benches, throughput, requests, first_byte);
 criterion_main!(benches);

@@ -4,10 +4,12 @@
 //! listener ─ Accepted ─ tls::server ─ Authenticated ─ policy ─ Admitted ─ proxy::tcp ─ upstream
 //! ```
 //!
-//! The rooms, from the outside in: [`cli`] → [`app`] → `admin`, [`proxy`] → [`policy`], [`tls`] → [`identity`] →
-//! [`config`]; `telemetry` receives plain records. The whole picture is in ARCHITECTURE.md.
+//! The rooms, from the outside in: [`cli`] → [`app`] → [`admin`], [`proxy`] → [`policy`], [`tls`] → [`identity`] →
+//! [`config`]; [`telemetry`] receives plain records. The whole picture is in ARCHITECTURE.md.
 
+pub mod admin;
 pub mod app;
+pub mod authority;
 pub mod cli;
 pub mod clock;
 pub mod config;

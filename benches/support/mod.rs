@@ -8,8 +8,8 @@ use std::time::Duration;
 use portcullis::app::Proxy;
 use portcullis::clock::Clock;
 use portcullis::config::schema::{Config, PostQuantum, SvidKeys, TlsConfig};
-use portcullis::identity::{Identity, Svid, TrustBundles, TrustDomain};
 use portcullis::identity::keeper::Current;
+use portcullis::identity::{Identity, Svid, TrustBundles, TrustDomain};
 use portcullis::policy::{Decision, Expected, Policy};
 use portcullis::proxy::record::{ConnectionRecord, Observer};
 use portcullis::tls::record::{Direction, HandshakeRecord};
@@ -164,7 +164,8 @@ pub struct Node {
 
 impl Node {
     pub fn start(yaml: &str, identity: Arc<Identity>, workers: &Workers) -> Self {
-        let config = portcullis::config::parse(&format!("identity: unix:///run/x.sock\n{yaml}"), "bench").unwrap().config;
+        let config =
+            portcullis::config::parse(&format!("identity: unix:///run/x.sock\n{yaml}"), "bench").unwrap().config;
         let current = Current { identity: Some(identity), ..Current::default() };
         let (sender, receiver) = watch::channel(current);
         let proxy = Proxy::start(config, receiver, Arc::new(Blind), Clock::system(), workers.handle()).unwrap();

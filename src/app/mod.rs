@@ -4,7 +4,10 @@
 //! data path. [`Proxy::apply`] takes a changed config, validated whole before anything changes; [`Proxy::follow`] swaps
 //! what the listeners serve with whenever the identity changes, and has every live connection judged again.
 
+pub mod node;
 pub mod source;
+
+pub use node::Node;
 
 use std::collections::BTreeMap;
 use std::fmt;

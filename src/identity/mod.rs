@@ -16,6 +16,7 @@ pub mod source;
 pub mod spiffe_id;
 pub mod svid;
 mod watched;
+pub mod workload_api;
 
 use std::sync::Arc;
 

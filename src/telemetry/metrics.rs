@@ -126,9 +126,14 @@ impl Metrics {
             "Bytes carried, from the side that connected (sent) and back (received).",
             &["direction", "protocol", "way"],
         )?;
-        let moving = DIRECTIONS
-            .map(|direction| ["sent", "received"].map(|way| bytes.with_label_values(&[direction.as_str(), PROTOCOL, way])));
-        let build = gauges("build_info", "Version and provider of the cryptography; always 1.", &["version", "provider", "fips"])?;
+        let moving = DIRECTIONS.map(|direction| {
+            ["sent", "received"].map(|way| bytes.with_label_values(&[direction.as_str(), PROTOCOL, way]))
+        });
+        let build = gauges(
+            "build_info",
+            "Version and provider of the cryptography; always 1.",
+            &["version", "provider", "fips"],
+        )?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION"), "aws-lc-rs", if fips { "true" } else { "false" }]).set(1);
         let started = gauge("process_start_time_seconds", "When the process started, seconds since the Unix epoch.")?;
         started.set(unix_now());
@@ -169,7 +174,10 @@ impl Metrics {
                 &["result"],
             )?,
             svid_state: gauges("svid_state", "The state of our SVID: 1 for the one it is in.", &["state"])?,
-            svid_overdue: whole("svid_rotation_overdue", "1 while our SVID is past 60 % of its life without a newer one.")?,
+            svid_overdue: whole(
+                "svid_rotation_overdue",
+                "1 while our SVID is past 60 % of its life without a newer one.",
+            )?,
             source_up: whole("identity_source_up", "1 while the identity source can be reached.")?,
             bundle_expiry: keep(
                 &registry,
@@ -188,7 +196,11 @@ impl Metrics {
                 &["direction", "rule", "decision", "mode"],
             )?,
             rules: Bounded::new(MOST_NAMES),
-            open: gauges("connections_open", "Connections that are open, those in a handshake included.", &["direction", "protocol"])?,
+            open: gauges(
+                "connections_open",
+                "Connections that are open, those in a handshake included.",
+                &["direction", "protocol"],
+            )?,
             connections: counters(
                 "connections_total",
                 "Connections that have ended, by cause.",
@@ -357,9 +369,7 @@ impl Metrics {
             let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
             let more = |now: u64, before: u64| now.saturating_sub(before);
             let (success, refused) = (&["success"], &["refused"]);
-            self.svid_rotations
-                .with_label_values(success)
-                .inc_by(more(current.counters.rotations, counted.rotations));
+            self.svid_rotations.with_label_values(success).inc_by(more(current.counters.rotations, counted.rotations));
             self.svid_rotations.with_label_values(refused).inc_by(more(current.counters.refused, counted.refused));
             *counted = current.counters;
         }
