@@ -319,9 +319,14 @@ impl TestCa {
 
     /// A revocation list of this authority that names these certificates: DER and PEM.
     pub fn crl(&self, revoked: &[&Issued]) -> (CertificateRevocationListDer<'static>, String) {
+        self.crl_at(revoked, LONG_AGO)
+    }
+
+    /// The same, issued at a time in seconds since the Unix epoch.
+    pub fn crl_at(&self, revoked: &[&Issued], issued: u64) -> (CertificateRevocationListDer<'static>, String) {
         let epoch = rcgen::date_time_ymd(1970, 1, 1);
         let list = CertificateRevocationListParams {
-            this_update: epoch + Duration::from_secs(LONG_AGO),
+            this_update: epoch + Duration::from_secs(issued),
             next_update: epoch + Duration::from_secs(FAR_OFF),
             crl_number: SerialNumber::from(next_number()),
             issuing_distribution_point: None,

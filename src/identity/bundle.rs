@@ -89,9 +89,16 @@ impl Authority {
     }
 }
 
-/// Reads a revocation list with all its entries, as the verifiers will.
-pub(crate) fn check_crl(der: &[u8]) -> Result<(), String> {
-    webpki::OwnedCertRevocationList::from_der(der).map(drop).map_err(|e| e.to_string())
+/// Reads a revocation list with all its entries, as the verifiers will. Answers how new it is, for comparison: when it was
+/// issued (seconds since the Unix epoch), then its number.
+pub(crate) fn check_crl(der: &[u8]) -> Result<(i64, Vec<u8>), String> {
+    webpki::OwnedCertRevocationList::from_der(der).map_err(|e| e.to_string())?;
+    let (_, list) = x509_parser::parse_x509_crl(der).map_err(|e| e.to_string())?;
+    let digits = list.crl_number().map(|number| number.to_bytes_be()).unwrap_or_default();
+    // RFC 5280, section 5.2.3: 20 bytes at most. Of one length, numbers compare as bytes do.
+    let mut number = vec![0; 20_usize.saturating_sub(digits.len())];
+    number.extend(digits);
+    Ok((list.last_update().timestamp(), number))
 }
 
 impl TrustBundles {
@@ -126,19 +133,27 @@ impl TrustBundles {
         Ok(())
     }
 
-    /// Replaces the revocation lists, after reading each of them once.
+    /// Replaces the revocation lists, after reading each of them once. They are kept newest first.
     ///
     /// # Errors
     /// [`BundleError::BadCrl`] or [`BundleError::TooMany`]; the earlier lists then stay.
-    pub fn set_crls(&mut self, mut crls: Vec<CertificateRevocationListDer<'static>>) -> Result<(), BundleError> {
+    pub fn set_crls(&mut self, crls: Vec<CertificateRevocationListDer<'static>>) -> Result<(), BundleError> {
         if crls.len() > MAX_CRLS {
             return Err(BundleError::TooMany("revocation lists"));
         }
-        for (index, crl) in crls.iter().enumerate() {
-            check_crl(crl).map_err(|why| BundleError::BadCrl { index, why })?;
-        }
-        crls.sort_by(|a, b| a.as_ref().cmp(b.as_ref()));
-        crls.dedup();
+        let mut dated = crls
+            .into_iter()
+            .enumerate()
+            .map(|(index, crl)| match check_crl(&crl) {
+                Ok(age) => Ok((age, crl)),
+                Err(why) => Err(BundleError::BadCrl { index, why }),
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        // webpki asks only the first list of an issuer's name. A newer list takes the older one's place (RFC 5280, section
+        // 5), so the newest has to stand first, whichever way and in whatever order they came.
+        dated.sort_by(|(a, x), (b, y)| b.cmp(a).then_with(|| x.as_ref().cmp(y.as_ref())));
+        dated.dedup();
+        let crls: Vec<_> = dated.into_iter().map(|(_, crl)| crl).collect();
         self.crls = crls.into();
         Ok(())
     }
@@ -265,5 +280,20 @@ mod tests {
         let error = bundles.set_crls(vec![good.clone(), broken]).unwrap_err();
         assert!(matches!(error, BundleError::BadCrl { index: 1, .. }), "{error}");
         assert_eq!(bundles.crls(), [good]);
+    }
+
+    #[test]
+    fn of_several_lists_of_one_issuer_the_newest_stands_first() {
+        let ca = TestCa::new("nhs.example");
+        let web = ca.svid("/web");
+        let old = ca.crl_at(&[], LONG_AGO).0;
+        let new = ca.crl_at(&[&web], LONG_AGO + 1).0;
+        // Same second: the number decides.
+        let newer = ca.crl_at(&[&web], LONG_AGO + 1).0;
+        for lists in [[&old, &new, &newer], [&newer, &old, &new], [&new, &newer, &old]] {
+            let mut bundles = bundles(&[&ca]);
+            bundles.set_crls(lists.into_iter().cloned().collect()).unwrap();
+            assert_eq!(bundles.crls(), [newer.clone(), new.clone(), old.clone()]);
+        }
     }
 }

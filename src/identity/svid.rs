@@ -508,6 +508,17 @@ mod tests {
     }
 
     #[test]
+    fn keys_may_come_as_sec1() {
+        let issued = TestCa::new("nhs.example").svid("/web");
+        // PKCS#8 wraps the same structure (RFC 5958, section 2; RFC 5915).
+        let pkcs8 = issued.key();
+        let (_, wrapped) = x509_parser::der_parser::parse_der(pkcs8.secret_der()).unwrap();
+        let sec1 = wrapped.as_sequence().unwrap()[2].as_slice().unwrap().to_vec();
+        let key = rustls::pki_types::PrivateSec1KeyDer::from(sec1).into();
+        assert!(Svid::new(issued.chain.clone(), key, None).is_ok());
+    }
+
+    #[test]
     fn keys_never_show_in_debug_output() {
         let issued = TestCa::new("nhs.example").svid("/web");
         let shown = format!("{:?}", svid(&issued).unwrap());
