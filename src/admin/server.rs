@@ -32,7 +32,7 @@ const INDEX: &str = "\
 /state    JSON: config, identity, bundles, listeners, connections\n";
 
 /// An answer that takes a moment.
-pub type Later<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+type Later<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// Who answers.
 pub struct Sources {

@@ -88,7 +88,7 @@ impl Node {
 
 fn current(identity: Option<Arc<Identity>>) -> Current {
     let state = if identity.is_some() { SvidState::Fresh } else { SvidState::Absent };
-    Current { identity, state, why: String::new() }
+    Current { identity, state, ..Current::default() }
 }
 
 fn config_of(text: &str) -> Config {
@@ -126,7 +126,6 @@ struct Pair {
     client: Node,
     server: Node,
     client_svid: Issued,
-    server_svid: Issued,
 }
 
 impl Pair {
@@ -144,7 +143,7 @@ impl Pair {
         let to = server.address("in");
         let config = format!("outbound:\n  - {{name: out, listen: '127.0.0.1:0', to: '{to}', expect: '{B}'}}\n");
         let client = Node::start(&config, Some(identity(&client_svid, &[&ca], 1)), &time);
-        Self { ca, time, client, server, client_svid, server_svid }
+        Self { ca, time, client, server, client_svid }
     }
 
     async fn connect(&self) -> TcpStream {

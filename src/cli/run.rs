@@ -127,6 +127,3 @@ fn reload(path: &Path, node: &Node, log: &Log, watcher: &mut Watcher) {
         }
     }
 }
-
-/// For how long a command that ends by itself lets connections finish.
-pub(super) const SHORT_DRAIN: Duration = Duration::from_millis(500);

@@ -76,7 +76,6 @@ pub struct Metrics {
     rules: Bounded,
     open: IntGaugeVec,
     connections: IntCounterVec,
-    bytes: IntCounterVec,
     moving: [[prometheus::IntCounter; 2]; 2],
     peers: IntCounterVec,
     peer_names: Bounded,
@@ -206,7 +205,6 @@ impl Metrics {
                 "Connections that have ended, by cause.",
                 &["direction", "protocol", "cause"],
             )?,
-            bytes,
             moving,
             peers: counters(
                 "peer_connections_total",

@@ -48,6 +48,7 @@ async fn two_sidecars_join_two_workloads() {
     ];
     assert!(metrics.sum("portcullis_tls_negotiated_total", &labels) == 1.0, "{metrics:?}");
     assert_eq!(*workload.accepted.borrow(), 1);
+    drop(stream);
     assert!(client.stop().await.success());
     assert!(server.stop().await.success());
 }
