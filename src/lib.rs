@@ -4,13 +4,19 @@
 //! listener ─ Accepted ─ tls::server ─ Authenticated ─ policy ─ Admitted ─ proxy::tcp ─ upstream
 //! ```
 //!
-//! The rooms, from the outside in: [`cli`](crate) → `app` → `admin`, [`proxy`] → [`policy`], [`tls`] → [`identity`] →
-//! [`config`]; `telemetry` receives plain records. The whole picture is in ARCHITECTURE.md.
+//! The rooms, from the outside in: [`cli`] → [`app`] → [`admin`], [`proxy`] → [`policy`], [`tls`] → [`identity`] →
+//! [`config`]; [`telemetry`] receives plain records. The whole picture is in ARCHITECTURE.md.
 
+pub mod admin;
+pub mod app;
 pub mod authority;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod identity;
 pub mod policy;
 pub mod proxy;
+pub mod telemetry;
+#[cfg(test)]
+mod testing;
 pub mod tls;

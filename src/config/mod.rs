@@ -1,9 +1,20 @@
 //! What a user declares.
 //!
-//! Owns the schema ([`schema`]), its defaults, loading with positions, validation and watching for change. In: one YAML
-//! file. Out: a [`schema::Config`] that is whole and meaningful, or an error that names file, line and column and what
-//! to do. Unknown keys are refused.
+//! Owns the schema ([`schema`]), its defaults, loading with positions ([`mod@load`]), validation, and watching for change
+//! ([`watch`]). In: one YAML file. Out: a [`Config`] that is whole and meaningful, or [`ConfigErrors`] of which each
+//! line names file, line and column and says what to do. Unknown keys are refused.
 
+pub mod address;
+pub mod files;
+pub mod load;
+mod positions;
+pub mod profile_names;
 pub mod schema;
+mod validate;
+mod values;
+pub mod watch;
 
+pub use files::check_files;
+pub use load::{ConfigErrors, Finding, LoadOptions, Loaded, load, load_with, parse, parse_with};
 pub use schema::Config;
+pub use watch::Watcher;

@@ -1,7 +1,6 @@
 //! The types of the config file, with their defaults. The JSON schema is generated from these.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -9,13 +8,17 @@ use serde::{Deserialize, Serialize};
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::policy::pattern::IdPattern;
 
-/// The whole config file.
+pub use super::values::{OneOrMany, Span};
+
+/// The whole config file. Relative paths in it are relative to the file itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(title = "Portcullis config")]
 pub struct Config {
     /// Where our SVID and trust bundles come from. A text is the address of a SPIFFE Workload API
     /// (`unix:///run/spire/sockets/agent.sock` or `tcp://127.0.0.1:8081`); without it SPIFFE_ENDPOINT_SOCKET is used.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "super::values::identity")]
+    #[schemars(schema_with = "super::values::identity_schema")]
     pub identity: IdentityConfig,
     /// Labels that every metric carries.
     #[serde(default)]
@@ -243,7 +246,7 @@ pub enum SvidKeys {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Inbound {
-    /// Its name, unique in the file, in metrics and rules.
+    /// Its name, unique in the file, in metrics and rules: letters, digits, `.`, `-`, `_`, at most 63.
     pub name: String,
     /// `IP:PORT` to listen on.
     pub listen: std::net::SocketAddr,
@@ -255,7 +258,7 @@ pub struct Inbound {
     /// Accept TLS 1.2 with ECDHE-ECDSA-AES256-GCM-SHA384 on P-384 as well.
     #[serde(default)]
     pub legacy_tls12: bool,
-    /// The workload may be on another machine, which it is then reached in plaintext.
+    /// The workload may be on another machine; it is then reached in plaintext.
     #[serde(default)]
     pub allow_remote_target: bool,
     /// Send the verified peer identity ahead of the bytes.
@@ -281,7 +284,7 @@ pub enum ProxyProtocol {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Outbound {
-    /// Its name, unique in the file, in metrics and rules.
+    /// Its name, unique in the file, in metrics and rules: letters, digits, `.`, `-`, `_`, at most 63.
     pub name: String,
     /// `IP:PORT` (loopback unless `allow_remote_clients`) or `unix:///path` to listen on.
     pub listen: String,
@@ -307,31 +310,11 @@ fn connect_timeout() -> Span {
     Span::seconds(3)
 }
 
-/// One value or a list of them.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged)]
-pub enum OneOrMany<T> {
-    /// One.
-    One(T),
-    /// Several.
-    Many(Vec<T>),
-}
-
-impl<T> OneOrMany<T> {
-    /// The values as a slice.
-    pub fn as_slice(&self) -> &[T] {
-        match self {
-            Self::One(value) => std::slice::from_ref(value),
-            Self::Many(values) => values,
-        }
-    }
-}
-
 /// Rules beyond the listeners' `allow` lists.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PolicyConfig {
-    /// `audit` decides, counts and logs, and lets everything through.
+    /// `audit` decides, counts and logs, and lets every proven peer through.
     #[serde(default)]
     pub mode: PolicyMode,
     /// Rules; deny wins over allow, nothing else is admitted.
@@ -354,7 +337,7 @@ pub enum PolicyMode {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
-    /// Its name, unique, in metrics, logs and `explain`.
+    /// Its name, unique, in metrics, logs and `explain`: letters, digits, `.`, `-`, `_`, at most 63.
     pub name: String,
     /// Whom it speaks of: SPIFFE IDs, patterns, whole trust domains.
     pub from: Vec<IdPattern>,
@@ -364,19 +347,36 @@ pub struct Rule {
     /// What it says.
     #[serde(default)]
     pub action: Action,
-    /// `audit`: decide, count and log, but do not carry out.
+    /// `audit`: the rule has no effect; what it would have said is counted and logged.
     #[serde(default)]
     pub mode: PolicyMode,
 }
 
-/// What a rule applies to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// What a rule applies to: an inbound listener by its name or by its port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum RuleTarget {
     /// An inbound listener's port.
     Port(u16),
     /// An inbound listener's name.
     Listener(String),
+}
+
+impl RuleTarget {
+    /// Whether it means this listener.
+    pub fn matches(&self, listener: &Inbound) -> bool {
+        match self {
+            Self::Port(port) => listener.listen.port() == *port,
+            Self::Listener(name) => listener.name == *name,
+        }
+    }
+}
+
+impl Rule {
+    /// Whether the rule speaks of this listener.
+    pub fn applies_to(&self, listener: &Inbound) -> bool {
+        self.to.is_empty() || self.to.iter().any(|target| target.matches(listener))
+    }
 }
 
 /// What a rule says.
@@ -401,8 +401,10 @@ pub struct Connections {
     /// Close a connection at this age; never when absent.
     pub max_age: Option<Span>,
     /// Open connections of the whole process, those in a handshake included.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub max: usize,
     /// Open connections of one peer identity.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub max_per_peer: usize,
     /// What becomes of a connection whose peer's SVID has expired.
     pub on_peer_expiry: OnPeerExpiry,
@@ -425,19 +427,19 @@ impl Default for Connections {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ConnectionOverrides {
-    /// See [`Connections::idle_timeout`].
+    /// See `connections.idle_timeout`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub idle_timeout: Option<Span>,
-    /// See [`Connections::half_closed_timeout`].
+    /// See `connections.half_closed_timeout`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub half_closed_timeout: Option<Span>,
-    /// See [`Connections::max_age`].
+    /// See `connections.max_age`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_age: Option<Span>,
-    /// See [`Connections::max_per_peer`].
+    /// See `connections.max_per_peer`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_per_peer: Option<usize>,
-    /// See [`Connections::on_peer_expiry`].
+    /// See `connections.on_peer_expiry`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_peer_expiry: Option<OnPeerExpiry>,
 }
@@ -486,6 +488,7 @@ impl Default for Admin {
 #[serde(deny_unknown_fields, default)]
 pub struct Telemetry {
     /// How many peer identities get a series of their own in `portcullis_peer_info`; the rest share `other`.
+    #[schemars(range(max = 10_000))]
     pub max_peers: usize,
     /// One line per connection end.
     pub access_log: bool,
@@ -512,45 +515,4 @@ pub enum LogFormat {
     Text,
     /// JSON.
     Json,
-}
-
-/// A length of time, written `250ms`, `5s`, `1h 30m`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Span(pub Duration);
-
-impl Span {
-    /// So many seconds.
-    pub const fn seconds(seconds: u64) -> Self {
-        Self(Duration::from_secs(seconds))
-    }
-}
-
-impl std::fmt::Display for Span {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        humantime::format_duration(self.0).fmt(f)
-    }
-}
-
-impl Serialize for Span {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Span {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        humantime::parse_duration(&text).map(Self).map_err(|e| {
-            serde::de::Error::custom(format!("'{text}' is not a length of time such as 5s or 1h 30m: {e}"))
-        })
-    }
-}
-
-impl JsonSchema for Span {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "Span".into()
-    }
-    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        schemars::json_schema!({ "type": "string", "description": "A length of time: 250ms, 5s, 1h 30m.", "examples": ["5s", "1h 30m"] })
-    }
 }

@@ -5,10 +5,17 @@
 //! builds its configurations. Private keys live here and in rustls signing keys, nowhere else.
 
 pub mod bundle;
+pub mod chain;
+pub mod choice;
+pub mod crl;
+mod current;
+pub mod files;
+mod held;
 pub mod keeper;
 pub mod source;
 pub mod spiffe_id;
 pub mod svid;
+mod watched;
 pub mod workload_api;
 
 use std::sync::Arc;

@@ -9,6 +9,11 @@ use crate::identity::{SpiffeId, TrustDomain};
 /// The most segments that a pattern may have.
 pub const MAX_SEGMENTS: usize = 32;
 
+/// The most different sets of places where the patterns of one listener may have `*`, in one trust domain. A decision
+/// follows at most one path a shape through the compiled index, so this bounds what it costs, whatever the number of
+/// rules.
+pub const MAX_WILDCARD_SHAPES: usize = 64;
+
 /// One segment of a pattern.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Segment {
@@ -87,6 +92,20 @@ impl IdPattern {
         &self.segments
     }
 
+    /// Whether it stands for exactly one SPIFFE ID.
+    pub fn is_exact(&self) -> bool {
+        self.segments.iter().all(|segment| matches!(segment, Segment::Literal(_)))
+    }
+
+    /// The places of `*` in the pattern, as bits: bit n for segment n.
+    pub fn wildcard_shape(&self) -> u32 {
+        self.segments
+            .iter()
+            .zip(0..u32::BITS)
+            .filter(|(segment, _)| matches!(segment, Segment::One))
+            .fold(0, |bits, (_, place)| bits | (1 << place))
+    }
+
     /// Whether an ID matches: the plain definition that the compiled index is tested against.
     pub fn matches(&self, id: &SpiffeId) -> bool {
         if id.trust_domain_name() != self.domain.as_str() {
@@ -140,5 +159,79 @@ impl schemars::JsonSchema for IdPattern {
             "pattern": "^spiffe://[a-z0-9._-]+(/([a-zA-Z0-9._-]+|\\*))*(/\\*\\*)?$",
             "description": "A SPIFFE ID; '*' stands for one whole segment, '**' at the end for one or more; without a path: the whole trust domain."
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matches(pattern: &str, id: &str) -> bool {
+        IdPattern::parse(pattern).unwrap().matches(&SpiffeId::parse(id).unwrap())
+    }
+
+    #[test]
+    fn wildcards_take_whole_segments() {
+        for (pattern, id, expected) in [
+            ("spiffe://td/a/b", "spiffe://td/a/b", true),
+            ("spiffe://td/a/b", "spiffe://td/a", false),
+            ("spiffe://td/a/b", "spiffe://td/a/b/c", false),
+            ("spiffe://td/a/b", "spiffe://td2/a/b", false),
+            ("spiffe://td/a/b", "spiffe://td/a/B", false),
+            ("spiffe://td/ns/*/sa/web", "spiffe://td/ns/x/sa/web", true),
+            ("spiffe://td/ns/*/sa/web", "spiffe://td/ns/x/y/sa/web", false),
+            ("spiffe://td/ns/*/sa/web", "spiffe://td/ns/sa/web", false),
+            ("spiffe://td/ns/*", "spiffe://td/ns/x", true),
+            ("spiffe://td/ns/*", "spiffe://td/ns", false),
+            ("spiffe://td/ns/**", "spiffe://td/ns/x/y/z", true),
+            ("spiffe://td/ns/**", "spiffe://td/ns", false),
+            ("spiffe://td/ns/**", "spiffe://td/nsx/y", false),
+            ("spiffe://td/**", "spiffe://td/x", true),
+            ("spiffe://td", "spiffe://td/x/y", true),
+            ("spiffe://td", "spiffe://td", false),
+            ("spiffe://td", "spiffe://td.evil/x", false),
+            ("spiffe://td", "spiffe://evil.td/x", false),
+        ] {
+            assert_eq!(matches(pattern, id), expected, "{pattern} {id}");
+        }
+    }
+
+    #[test]
+    fn other_forms_are_refused() {
+        for pattern in [
+            "",
+            "td/a",
+            "https://td/a",
+            "spiffe://",
+            "spiffe:///a",
+            "spiffe://*/a",
+            "spiffe://*.td/a",
+            "spiffe://TD/a",
+            "spiffe://td/",
+            "spiffe://td/a/",
+            "spiffe://td//a",
+            "spiffe://td/../a",
+            "spiffe://td/a*",
+            "spiffe://td/*a",
+            "spiffe://td/**/a",
+            "spiffe://td/***",
+            "spiffe://td/a?b",
+            "spiffe://td:80/a",
+            "spiffe://td/%61",
+        ] {
+            assert!(IdPattern::parse(pattern).is_err(), "{pattern}");
+        }
+        let deep = |segments| format!("spiffe://td{}", "/a".repeat(segments));
+        assert!(IdPattern::parse(&deep(MAX_SEGMENTS)).is_ok());
+        assert!(IdPattern::parse(&deep(MAX_SEGMENTS + 1)).is_err());
+    }
+
+    #[test]
+    fn shapes_tell_where_the_wildcards_stand() {
+        let shape = |text: &str| IdPattern::parse(text).unwrap().wildcard_shape();
+        assert_eq!(shape("spiffe://td/a/*/b/*"), 0b1010);
+        assert_eq!(shape("spiffe://td/*/**"), 0b1);
+        assert!(IdPattern::parse("spiffe://td/a").unwrap().is_exact());
+        assert!(!IdPattern::parse("spiffe://td").unwrap().is_exact());
     }
 }

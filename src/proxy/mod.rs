@@ -1,3 +1,18 @@
 //! The data path: accept, authenticate, admit, forward, record.
+//!
+//! In: listeners with their prebuilt TLS and compiled policy ([`listener`]). Out: bytes between identities that a rule
+//! admitted, and one [`record::ConnectionRecord`] for each connection, written when it is dropped so that no path can
+//! forget to. [`registry`] holds what is open, to be judged again whenever policy or trust change.
 
+mod connection;
+mod inbound;
+mod io;
+pub mod listener;
+mod outbound;
+pub mod proxy_protocol;
 pub mod record;
+pub mod registry;
+pub mod tcp;
+pub mod upstream;
+
+pub use listener::{Inbound, InboundState, Listener, Outbound, OutboundState, Shared};

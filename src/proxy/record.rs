@@ -93,3 +93,19 @@ pub struct ConnectionRecord {
     /// Details in words.
     pub detail: String,
 }
+
+/// Who wants to know what happens on the data path. Records are plain; the observer keeps nothing of a connection.
+pub trait Observer: Send + Sync + 'static {
+    /// A handshake ended, well or not.
+    fn handshake(&self, record: &crate::tls::record::HandshakeRecord);
+    /// A decision was made about a peer.
+    fn decision(&self, direction: Direction, decision: &crate::policy::Decision);
+    /// A connection was accepted.
+    fn opened(&self, direction: Direction);
+    /// Bytes moved on an open connection: towards the upstream, and back.
+    fn moved(&self, direction: Direction, sent: u64, received: u64);
+    /// A connection ended.
+    fn closed(&self, record: &ConnectionRecord);
+    /// Accepting failed; `kind` is one of a closed set (`descriptors`, `memory`, `other`).
+    fn accept_failed(&self, listener: &str, kind: &'static str);
+}

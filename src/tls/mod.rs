@@ -5,5 +5,23 @@
 //! accepted socket. Out: an `Authenticated` connection and a [`record::HandshakeRecord`], or a refusal with a
 //! [`reason::Reason`].
 
+pub mod client;
+pub mod hello;
+mod outcome;
+mod probe;
+pub mod profile;
 pub mod reason;
 pub mod record;
+pub mod server;
+pub mod tickets;
+pub mod trust;
+mod verifier;
+
+pub use client::ClientTls;
+pub use outcome::Authenticated;
+pub use profile::Profile;
+pub use server::ServerTls;
+pub use trust::{Peer, Trust};
+
+#[cfg(test)]
+mod tests;

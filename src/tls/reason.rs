@@ -48,6 +48,8 @@ reasons! {
     BadCertificate = "bad_certificate", "The peer's leaf certificate breaks the X509-SVID specification (CA flag, key usage) or cannot be read.";
     /// The peer's key is of a type that the profile does not allow.
     PeerKeyType = "peer_key_type", "The profile demands P-384 SVIDs: SPIRE 1.14 and later issue them with server `ca_key_type = \"ec-p384\"` and agent `workload_x509_svid_key_type = \"ec-p384\"`; or allow P-256 by `svid_keys: p256-allowed`.";
+    /// A certificate of the chain is signed in a way that the profile does not allow.
+    ChainSignature = "chain_signature", "The peer's authority signs with an algorithm outside the profile: issue from a P-384 authority, or allow P-256 by `svid_keys: p256-allowed`.";
     /// The signature of the handshake does not fit the certificate.
     BadSignature = "bad_signature", "The peer does not hold the key of the certificate it sent.";
     /// No cipher suite in common.

@@ -57,6 +57,9 @@ pub struct HandshakeRecord {
     pub negotiated: Option<Negotiated>,
     /// The peer, if proven.
     pub peer: Option<SpiffeId>,
+    /// Whose certificate was shown where the refusal came before the proof of possession: the chain is good, the
+    /// holder may be another.
+    pub claimed: Option<SpiffeId>,
     /// Why it failed; none if it did not.
     pub failure: Option<Failure>,
     /// What the peer offered below the profile (closed set: `SSLv3`, `TLSv1.0`, `TLSv1.1`, `3DES`, `RC4`, `CBC`, …).

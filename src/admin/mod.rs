@@ -1,0 +1,10 @@
+//! Readiness, liveness, metrics and state: for probes, for Prometheus and for people.
+//!
+//! A small HTTP/1.1 server on loopback by default. In: [`Sources`], closures that answer at the moment they are asked. Out:
+//! text and JSON. It reads only: no call changes anything.
+
+mod readiness;
+mod server;
+
+pub use readiness::{Readiness, Token};
+pub use server::{Server, Sources};

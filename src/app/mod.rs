@@ -1,0 +1,421 @@
+//! The whole proxy, put together: one place that holds what is declared, what is current and what is listening.
+//!
+//! In: a [`Config`], the current identity (a `watch`) and an observer. Out: listeners that serve, on the runtime of the
+//! data path. [`Proxy::apply`] takes a changed config, validated whole before anything changes; [`Proxy::follow`] swaps
+//! what the listeners serve with whenever the identity changes, and has every live connection judged again.
+
+pub mod node;
+pub mod source;
+
+pub use node::Node;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, watch};
+
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::config::schema;
+use crate::identity::Identity;
+use crate::identity::keeper::Current;
+use crate::policy::{Expected, Policy};
+use crate::proxy::listener::{Address, Inbound, InboundState, Listener, Outbound, OutboundState, Shared};
+use crate::proxy::record::{Cause, Observer};
+use crate::proxy::registry::Registry;
+use crate::proxy::upstream::{HostPort, Target};
+use crate::tls::record::Direction;
+use crate::tls::{ClientTls, Profile, ServerTls, Trust};
+
+/// A config that cannot be applied, in words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApplyError(pub String);
+
+impl fmt::Display for ApplyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ApplyError {}
+
+/// A listener that serves.
+struct Running<L> {
+    listener: Arc<L>,
+    declared: Address,
+    bound: Address,
+    stop: watch::Sender<bool>,
+}
+
+/// What is declared and what was built from it.
+struct House {
+    config: Config,
+    profile: Arc<Profile>,
+    policy: Arc<Policy>,
+    slots: Arc<Semaphore>,
+    trust: Option<Arc<Trust>>,
+    identity: Option<Arc<Identity>>,
+    generation: u64,
+    inbound: BTreeMap<String, Running<Inbound>>,
+    outbound: BTreeMap<String, Running<Outbound>>,
+}
+
+/// A proxy that runs.
+pub struct Proxy {
+    shared: Arc<Shared>,
+    current: watch::Receiver<Current>,
+    traffic: Handle,
+    house: Mutex<House>,
+}
+
+impl fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Proxy").field("shared", &self.shared).finish_non_exhaustive()
+    }
+}
+
+/// One listener, for `/state` and for messages.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct ListenerInfo {
+    /// Its name.
+    pub name: String,
+    /// Which way.
+    pub direction: Direction,
+    /// Where it listens, with the real port.
+    pub address: String,
+    /// Whether it has what it needs to serve.
+    pub serving: bool,
+}
+
+impl Proxy {
+    /// Binds the listeners of a config and begins to serve on `traffic`, as far as `current` allows.
+    ///
+    /// # Errors
+    /// The profile cannot be had, a target cannot be read, or an address cannot be bound.
+    pub fn start(
+        config: Config,
+        current: watch::Receiver<Current>,
+        observer: Arc<dyn Observer>,
+        clock: Clock,
+        traffic: Handle,
+    ) -> Result<Arc<Self>, ApplyError> {
+        let profile = profile_of(&config)?;
+        let shared = Arc::new(Shared {
+            observer,
+            registry: Arc::new(Registry::default()),
+            clock,
+            places: Arc::new(Semaphore::new(config.connections.max.min(Semaphore::MAX_PERMITS))),
+        });
+        let house = House {
+            slots: Arc::new(Semaphore::new(profile.max_handshakes)),
+            profile,
+            policy: Arc::new(Policy::compile(&config)),
+            trust: None,
+            identity: None,
+            generation: 0,
+            inbound: BTreeMap::new(),
+            outbound: BTreeMap::new(),
+            config: config.clone(),
+        };
+        let proxy = Arc::new(Self { shared, current, traffic, house: Mutex::new(house) });
+        proxy.apply(config)?;
+        Ok(proxy)
+    }
+
+    /// What is open.
+    pub fn registry(&self) -> &Arc<Registry> {
+        &self.shared.registry
+    }
+
+    /// The current identity and its state.
+    pub fn current(&self) -> Current {
+        self.current.borrow().clone()
+    }
+
+    /// The config in force.
+    pub fn config(&self) -> Config {
+        self.house().config.clone()
+    }
+
+    /// The profile in force.
+    pub fn profile(&self) -> Arc<Profile> {
+        Arc::clone(&self.house().profile)
+    }
+
+    /// How often a chain was remembered and how often not, in this generation of trust.
+    pub fn chain_memory(&self) -> (u64, u64) {
+        self.house().trust.as_ref().map_or((0, 0), |trust| trust.memory_counts())
+    }
+
+    /// All listeners.
+    pub fn listeners(&self) -> Vec<ListenerInfo> {
+        let house = self.house();
+        let inbound = house.inbound.iter().map(|(name, running)| ListenerInfo {
+            name: name.clone(),
+            direction: Direction::Inbound,
+            address: running.bound.to_string(),
+            serving: running.listener.state.load().tls.is_some(),
+        });
+        let outbound = house.outbound.iter().map(|(name, running)| ListenerInfo {
+            name: name.clone(),
+            direction: Direction::Outbound,
+            address: running.bound.to_string(),
+            serving: running.listener.state.load().tls.is_some(),
+        });
+        inbound.chain(outbound).collect()
+    }
+
+    fn house(&self) -> std::sync::MutexGuard<'_, House> {
+        self.house.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a config in place of the one in force. Everything that can fail is done first; then listeners that are
+    /// gone are closed, new ones begin, and those that stayed keep their sockets and connections.
+    ///
+    /// # Errors
+    /// What cannot be had; nothing has changed then.
+    pub fn apply(self: &Arc<Self>, config: Config) -> Result<(), ApplyError> {
+        let _runtime = self.traffic.enter();
+        let mut house = self.house();
+        let profile = profile_of(&config)?;
+        let policy = Arc::new(Policy::compile(&config));
+        for inbound in &config.inbound {
+            Target::parse(&inbound.to).map_err(|why| ApplyError(format!("inbound '{}': {why}", inbound.name)))?;
+        }
+        for outbound in &config.outbound {
+            for to in outbound.to.as_slice() {
+                HostPort::parse(to).map_err(|why| ApplyError(format!("outbound '{}': {why}", outbound.name)))?;
+            }
+        }
+        let inbound: Vec<(String, Address)> =
+            config.inbound.iter().map(|i| (i.name.clone(), Address::Tcp(i.listen))).collect();
+        let outbound = config
+            .outbound
+            .iter()
+            .map(|o| Ok((o.name.clone(), Address::parse(&o.listen).map_err(ApplyError)?)))
+            .collect::<Result<Vec<_>, ApplyError>>()?;
+        // An address that moves from one listener to another is free only once the old one is closed; binding with
+        // SO_REUSEADDR does not help there, so such a swap is refused here and works in two steps.
+        let new_inbound = bind_new(&inbound, &house.inbound)?;
+        let new_outbound = bind_new(&outbound, &house.outbound)?;
+        let same_profile = house.config.tls == config.tls;
+        if !same_profile {
+            house.profile = profile;
+            house.slots = Arc::new(Semaphore::new(house.profile.max_handshakes));
+            house.trust = None;
+        }
+        resize(&self.shared.places, house.config.connections.max, config.connections.max);
+        house.policy = policy;
+        house.config = config;
+        house.inbound.retain(|name, running| keep(&inbound, name, running));
+        house.outbound.retain(|name, running| keep(&outbound, name, running));
+        let identity = self.current.borrow().identity.clone();
+        self.renew_trust(&mut house, identity.as_ref());
+        for (name, declared, listener) in new_inbound {
+            let Some(state) = house.inbound_state(&name, identity.as_ref(), &self.shared.clock) else { continue };
+            let serving = Arc::new(Inbound { name: name.as_str().into(), state: ArcSwap::from_pointee(state) });
+            let (stop, stopped) = watch::channel(false);
+            let bound = listener.local_address().unwrap_or_else(|_| declared.clone());
+            self.traffic.spawn(Arc::clone(&serving).run(listener, Arc::clone(&self.shared), stopped));
+            house.inbound.insert(name, Running { listener: serving, declared, bound, stop });
+        }
+        for (name, declared, listener) in new_outbound {
+            let Some(state) = house.outbound_state(&name, identity.as_ref(), &self.shared.clock) else { continue };
+            let serving = Arc::new(Outbound { name: name.as_str().into(), state: ArcSwap::from_pointee(state) });
+            let (stop, stopped) = watch::channel(false);
+            let bound = listener.local_address().unwrap_or_else(|_| declared.clone());
+            self.traffic.spawn(Arc::clone(&serving).run(listener, Arc::clone(&self.shared), stopped));
+            house.outbound.insert(name, Running { listener: serving, declared, bound, stop });
+        }
+        self.publish(&mut house, identity);
+        Ok(())
+    }
+
+    /// Follows the identity for ever: every change is published as it comes.
+    pub async fn follow(self: Arc<Self>) {
+        let mut current = self.current.clone();
+        loop {
+            let identity = current.borrow_and_update().identity.clone();
+            {
+                let mut house = self.house();
+                let generation = |identity: &Option<Arc<Identity>>| identity.as_ref().map(|i| i.generation);
+                if generation(&house.identity) != generation(&identity) {
+                    self.publish(&mut house, identity);
+                }
+            }
+            if current.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// A generation of trust of its own for bundles that differ from those in force.
+    fn renew_trust(&self, house: &mut House, identity: Option<&Arc<Identity>>) {
+        let Some(identity) = identity else { return };
+        if house.trust.as_ref().is_some_and(|trust| trust.bundles().same_as(&identity.bundles)) {
+            return;
+        }
+        let trust = Trust::new(Arc::clone(&identity.bundles), Arc::clone(&house.profile), self.shared.clock.clone());
+        house.trust = trust
+            .map(Arc::new)
+            .map_err(|why| tracing::error!(%why, "the trust bundles cannot be used; nothing is served until they can"))
+            .ok();
+    }
+
+    /// Swaps what every listener serves with, then judges every live connection by it.
+    fn publish(&self, house: &mut House, identity: Option<Arc<Identity>>) {
+        let _runtime = self.traffic.enter();
+        house.generation += 1;
+        self.renew_trust(house, identity.as_ref());
+        house.identity = identity.clone();
+        let names: Vec<String> = house.inbound.keys().cloned().collect();
+        for name in names {
+            if let Some(state) = house.inbound_state(&name, identity.as_ref(), &self.shared.clock)
+                && let Some(running) = house.inbound.get(&name)
+            {
+                running.listener.state.store(Arc::new(state));
+            }
+        }
+        let names: Vec<String> = house.outbound.keys().cloned().collect();
+        for name in names {
+            if let Some(state) = house.outbound_state(&name, identity.as_ref(), &self.shared.clock)
+                && let Some(running) = house.outbound.get(&name)
+            {
+                running.listener.state.store(Arc::new(state));
+            }
+        }
+        let ended = self.shared.registry.rejudge(|entry, peer| match entry.direction {
+            Direction::Inbound => match house.inbound.get(&*entry.listener) {
+                Some(running) => running.listener.state.load().rejudge(peer, &self.shared.clock),
+                None => Some(Cause::Drained),
+            },
+            Direction::Outbound => match house.outbound.get(&*entry.listener) {
+                Some(running) => running.listener.state.load().rejudge(peer, &self.shared.clock),
+                None => Some(Cause::Drained),
+            },
+        });
+        if ended > 0 {
+            tracing::info!(ended, "live connections were judged again and ended");
+        }
+    }
+
+    /// Stops accepting, waits up to `timeout` for open connections to end, then ends the rest. Answers how many those
+    /// were.
+    pub async fn drain(&self, timeout: Duration) -> usize {
+        {
+            let house = self.house();
+            let inbound = house.inbound.values().map(|running| &running.stop);
+            for stop in inbound.chain(house.outbound.values().map(|running| &running.stop)) {
+                stop.send_replace(true);
+            }
+        }
+        if tokio::time::timeout(timeout, self.shared.registry.until_empty()).await.is_ok() {
+            return 0;
+        }
+        let left = self.shared.registry.len();
+        self.shared.registry.stop_all(Cause::Drained, |_| true);
+        // Their tasks need a moment to write their records.
+        let _ = tokio::time::timeout(Duration::from_secs(2), self.shared.registry.until_empty()).await;
+        left
+    }
+}
+
+impl House {
+    fn inbound_state(&self, name: &str, identity: Option<&Arc<Identity>>, clock: &Clock) -> Option<InboundState> {
+        let declared = self.config.inbound.iter().find(|inbound| inbound.name == name)?;
+        let policy = self.policy.listener(name)?;
+        let tls = identity.zip(self.trust.as_ref()).and_then(|(identity, trust)| {
+            ServerTls::new(&self.profile, identity, trust, &policy, clock, declared.legacy_tls12, self.generation)
+                .map(Arc::new)
+                .map_err(|error| tracing::error!(listener = name, %error, "the TLS configuration cannot be built"))
+                .ok()
+        });
+        Some(InboundState {
+            to: Target::parse(&declared.to).ok()?,
+            policy,
+            limits: self.config.connections.with(&declared.connections),
+            proxy_protocol: declared.proxy_protocol,
+            profile: Arc::clone(&self.profile),
+            slots: Arc::clone(&self.slots),
+            trust: self.trust.clone(),
+            tls,
+        })
+    }
+
+    fn outbound_state(&self, name: &str, identity: Option<&Arc<Identity>>, clock: &Clock) -> Option<OutboundState> {
+        let declared: &schema::Outbound = self.config.outbound.iter().find(|outbound| outbound.name == name)?;
+        let expected = Arc::new(Expected::new(name, declared.expect.as_slice()));
+        let tls = identity.zip(self.trust.as_ref()).and_then(|(identity, trust)| {
+            ClientTls::new(&self.profile, identity, trust, &expected, clock, declared.legacy_tls12)
+                .map(Arc::new)
+                .map_err(|error| tracing::error!(listener = name, %error, "the TLS configuration cannot be built"))
+                .ok()
+        });
+        Some(OutboundState {
+            to: declared.to.as_slice().iter().map(|to| HostPort::parse(to)).collect::<Result<_, _>>().ok()?,
+            expected,
+            limits: self.config.connections.with(&declared.connections),
+            connect_timeout: declared.connect_timeout.0,
+            profile: Arc::clone(&self.profile),
+            slots: Arc::clone(&self.slots),
+            trust: self.trust.clone(),
+            tls,
+        })
+    }
+}
+
+fn profile_of(config: &Config) -> Result<Arc<Profile>, ApplyError> {
+    Profile::from_config(&config.tls).map(Arc::new).map_err(|error| ApplyError(error.to_string()))
+}
+
+/// Binds the listeners that are new or have moved.
+fn bind_new<L>(
+    declared: &[(String, Address)],
+    running: &BTreeMap<String, Running<L>>,
+) -> Result<Vec<(String, Address, Listener)>, ApplyError> {
+    declared
+        .iter()
+        .filter(|(name, address)| running.get(name).is_none_or(|running| running.declared != *address))
+        .map(|(name, address)| {
+            let listener =
+                Listener::bind(address).map_err(|error| ApplyError(format!("listener '{name}': {error}")))?;
+            Ok((name.clone(), address.clone(), listener))
+        })
+        .collect()
+}
+
+/// Whether a running listener stays; one that does not is told to stop.
+fn keep<L>(declared: &[(String, Address)], name: &str, running: &Running<L>) -> bool {
+    let stays = declared.iter().any(|(other, address)| other == name && *address == running.declared);
+    if !stays {
+        let _ = running.stop.send(true);
+    }
+    stays
+}
+
+/// Gives or takes places for connections. Places in use are taken once they are free.
+fn resize(places: &Arc<Semaphore>, before: usize, after: usize) {
+    if after > before {
+        places.add_permits(after - before);
+    } else if before > after {
+        let excess = before - after;
+        let forgotten = places.forget_permits(excess);
+        if forgotten < excess
+            && let Ok(rest) = u32::try_from(excess - forgotten)
+        {
+            let places = Arc::clone(places);
+            tokio::spawn(async move {
+                if let Ok(permits) = places.acquire_many_owned(rest).await {
+                    permits.forget();
+                }
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,254 @@
+//! One proxy with everything around it: keeper, metrics, admin server.
+//!
+//! In: a config and a source of identities. Out: a [`Node`] that serves on the data path's runtime and does everything
+//! else on the runtime it was started from.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::Proxy;
+use crate::admin::{Readiness, Server, Sources};
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::identity::keeper::{Current, Keeper, KeeperOptions};
+use crate::identity::source::Source;
+use crate::policy::Decision;
+use crate::proxy::record::{ConnectionRecord, Observer};
+use crate::telemetry::{Metrics, access};
+use crate::tls::record::{Direction, HandshakeRecord};
+
+/// How many open connections `/state` lists.
+const LISTED: usize = 1000;
+/// How long the data path may take to answer `/livez`.
+const ALIVE_WITHIN: Duration = Duration::from_secs(1);
+
+/// A proxy with its keeper, metrics and admin server. What runs beside the data path ends when it is dropped.
+#[derive(Debug)]
+pub struct Node {
+    proxy: Arc<Proxy>,
+    sight: Arc<Sight>,
+    readiness: Readiness,
+    admin: SocketAddr,
+    _tasks: JoinSet<()>,
+}
+
+/// Metrics and access log, fed by the data path.
+#[derive(Debug)]
+struct Sight {
+    metrics: Metrics,
+    access_log: AtomicBool,
+}
+
+impl Observer for Sight {
+    fn handshake(&self, record: &HandshakeRecord) {
+        self.metrics.handshake(record);
+    }
+    fn decision(&self, direction: Direction, decision: &Decision) {
+        self.metrics.decision(direction, decision);
+    }
+    fn opened(&self, direction: Direction) {
+        self.metrics.opened(direction);
+    }
+    fn moved(&self, direction: Direction, sent: u64, received: u64) {
+        self.metrics.moved(direction, sent, received);
+    }
+    fn closed(&self, record: &ConnectionRecord) {
+        self.metrics.closed(record);
+        if self.access_log.load(Ordering::Relaxed) {
+            access::write(record);
+        }
+    }
+    fn accept_failed(&self, _listener: &str, kind: &'static str) {
+        self.metrics.accept_failed(kind);
+    }
+}
+
+impl Node {
+    /// Starts everything. The listeners are bound when this returns; they serve once an identity has come.
+    ///
+    /// # Errors
+    /// An address cannot be bound, or the profile cannot be had; in words.
+    pub async fn start(config: Config, source: Box<dyn Source>, clock: Clock, traffic: Handle) -> Result<Self, String> {
+        let readiness = Readiness::default();
+        let waiting = readiness.wait_for("identity");
+        let server = Server::bind(config.admin.listen).await.map_err(|error| error.to_string())?;
+        let admin = server.local_addr();
+        let options = KeeperOptions::from_config(&config.identity, config.tls.svid_keys);
+        let (keeper, current) = Keeper::new(options, clock.clone());
+        let metrics = Metrics::new(&config.labels, config.telemetry.max_peers, config.tls.fips)
+            .map_err(|error| format!("the metrics cannot be set up: {error}"))?;
+        let sight = Arc::new(Sight { metrics, access_log: config.telemetry.access_log.into() });
+        let observer = Arc::clone(&sight) as Arc<dyn Observer>;
+        let proxy =
+            Proxy::start(config, current.clone(), observer, clock, traffic.clone()).map_err(|e| e.to_string())?;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(keeper.run(source));
+        tasks.spawn(Arc::clone(&proxy).follow());
+        tasks.spawn(watch_identity(current, Arc::clone(&sight), readiness.clone(), waiting));
+        tasks.spawn(server.run(Sources {
+            readiness: readiness.clone(),
+            metrics: {
+                let (sight, proxy) = (Arc::clone(&sight), Arc::clone(&proxy));
+                Box::new(move || {
+                    sight.metrics.chain_memory(proxy.chain_memory());
+                    sight.metrics.render()
+                })
+            },
+            state: {
+                let (proxy, readiness) = (Arc::clone(&proxy), readiness.clone());
+                Box::new(move || state(&proxy, &readiness))
+            },
+            alive: Box::new(move || {
+                let beat = traffic.spawn(async {});
+                Box::pin(async move { tokio::time::timeout(ALIVE_WITHIN, beat).await.is_ok_and(|beat| beat.is_ok()) })
+            }),
+        }));
+        Ok(Self { proxy, sight, readiness, admin, _tasks: tasks })
+    }
+
+    /// The proxy.
+    pub fn proxy(&self) -> &Arc<Proxy> {
+        &self.proxy
+    }
+
+    /// What is waited for.
+    pub fn readiness(&self) -> &Readiness {
+        &self.readiness
+    }
+
+    /// The admin address, with the real port.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// The metrics' text.
+    pub fn metrics(&self) -> String {
+        self.sight.metrics.render().1
+    }
+
+    /// Takes a changed config, or says why not; then the old one goes on.
+    ///
+    /// # Errors
+    /// What cannot be changed while running, or cannot be had; in words.
+    pub fn reload(&self, config: Config) -> Result<(), String> {
+        let before = self.proxy.config();
+        let fixed = [
+            ("identity", before.identity == config.identity),
+            ("labels", before.labels == config.labels),
+            ("admin", before.admin == config.admin),
+            ("threads", before.threads == config.threads),
+            ("tls.svid_keys", before.tls.svid_keys == config.tls.svid_keys),
+            ("telemetry.max_peers", before.telemetry.max_peers == config.telemetry.max_peers),
+            ("telemetry.log_format", before.telemetry.log_format == config.telemetry.log_format),
+        ];
+        let changed: Vec<_> = fixed.iter().filter(|(_, same)| !same).map(|(key, _)| *key).collect();
+        let outcome = if changed.is_empty() {
+            let access_log = config.telemetry.access_log;
+            self.proxy.apply(config).map(|()| self.sight.access_log.store(access_log, Ordering::Relaxed))
+        } else {
+            let keys = changed.join(", ");
+            Err(super::ApplyError(format!("{keys}: cannot be changed while running; restart to change it")))
+        };
+        self.sight.metrics.reloaded(outcome.is_ok());
+        outcome.map_err(|error| error.to_string())
+    }
+
+    /// Counts a reload that failed before it came this far.
+    pub fn reload_failed(&self) {
+        self.sight.metrics.reloaded(false);
+    }
+}
+
+/// Tells metrics, readiness and log of every change of the identity.
+async fn watch_identity(
+    mut current: watch::Receiver<Current>,
+    sight: Arc<Sight>,
+    readiness: Readiness,
+    waiting: crate::admin::Token,
+) {
+    let mut waiting = Some(waiting);
+    loop {
+        {
+            let now = current.borrow_and_update();
+            sight.metrics.identity(&now);
+            match (&now.identity, waiting.is_some()) {
+                (Some(_), true) => waiting = None,
+                (None, false) => waiting = Some(readiness.wait_for("identity")),
+                _ => {}
+            }
+        }
+        if current.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The JSON of `/state`.
+fn state(proxy: &Proxy, readiness: &Readiness) -> Value {
+    let current = proxy.current();
+    let profile = proxy.profile();
+    let identity = current.identity.as_ref();
+    let bundles: Vec<Value> = identity
+        .map(|identity| {
+            let domain = |(name, authorities): (&crate::identity::TrustDomain, &[crate::identity::Authority])| {
+                json!({
+                    "trust_domain": name.as_str(),
+                    "authorities": authorities.iter().map(|a| json!({ "not_after": a.not_after })).collect::<Vec<_>>(),
+                })
+            };
+            identity.bundles.iter().map(domain).collect()
+        })
+        .unwrap_or_default();
+    let connections: Vec<Value> = proxy
+        .registry()
+        .snapshot(LISTED)
+        .iter()
+        .map(|entry| {
+            json!({
+                "listener": &*entry.listener,
+                "direction": entry.direction,
+                "client": entry.client.to_string(),
+                "peer": entry.peer().map(|peer| peer.id().as_str()),
+                "peer_not_after": entry.peer().map(|peer| peer.not_after()),
+                "open_seconds": entry.opened.elapsed().as_secs(),
+            })
+        })
+        .collect();
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "ready": readiness.waiting_for().is_empty(),
+        "waiting_for": readiness.waiting_for(),
+        "profile": {
+            "cipher_suites": profile.suites(),
+            "groups": profile.groups(),
+            "svid_keys": profile.keys(),
+            "resumption": profile.resumption,
+            "fips": profile.fips(),
+        },
+        "identity": {
+            "state": current.state,
+            "why": current.why,
+            "since": current.since,
+            "generation": current.generation,
+            "spiffe_id": identity.map(|identity| identity.svid.id().as_str()),
+            "serial": identity.map(|identity| identity.svid.facts().serial.as_str()),
+            "key_type": identity.map(|identity| identity.svid.facts().key_type.as_str()),
+            "not_after": current.not_after,
+            "rotation_overdue": current.rotation_overdue,
+            "source_reachable": current.source_reachable,
+            "refused": current.refused,
+            "counters": current.counters,
+        },
+        "bundles": bundles,
+        "listeners": proxy.listeners(),
+        "connections": { "open": proxy.registry().len(), "listed": connections },
+        "config": proxy.config(),
+    })
+}

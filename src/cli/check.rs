@@ -1,0 +1,115 @@
+//! `portcullis check`: whether configs are good, and what they mean.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use super::{Outcome, Streams};
+use crate::config::schema::{Action, Config, Inbound, PolicyMode};
+use crate::config::{LoadOptions, check_files, load_with};
+
+/// Arguments of `check`.
+#[derive(Debug, clap::Args)]
+pub struct CheckArgs {
+    /// Config files.
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Do not look for the files and sockets that the configs name: for a machine where they are not.
+    #[arg(long)]
+    pub no_files: bool,
+}
+
+/// Checks all files: `FILE: ok` and their meaning on stdout, errors and warnings on stderr. Exit code 1 if any is bad.
+///
+/// # Errors
+/// If nothing can be written.
+pub fn check(args: &CheckArgs, streams: &mut Streams<'_>) -> Outcome {
+    let mut all_good = true;
+    for file in &args.files {
+        all_good &= check_one(file, args.no_files, streams)?;
+    }
+    Ok(if all_good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn check_one(file: &Path, no_files: bool, streams: &mut Streams<'_>) -> std::io::Result<bool> {
+    // Where a file is checked is often not where it will run, so the environment may lack what will be there.
+    let options = LoadOptions { identity_optional: true, ..LoadOptions::from_env() };
+    let loaded = match load_with(file, &options) {
+        Ok(loaded) => loaded,
+        Err(errors) => {
+            writeln!(streams.err, "{errors}")?;
+            return Ok(false);
+        }
+    };
+    let files = if no_files { Default::default() } else { check_files(&loaded) };
+    for error in &files.errors {
+        writeln!(streams.err, "{}", error.line(&loaded.name))?;
+    }
+    for warning in loaded.warnings.iter().chain(&files.warnings) {
+        writeln!(streams.err, "{}", warning.line_with(&loaded.name, "warning: "))?;
+    }
+    if !files.errors.is_empty() {
+        return Ok(false);
+    }
+    writeln!(streams.out, "{}: ok", loaded.name)?;
+    for line in meaning(&loaded.config) {
+        writeln!(streams.out, "  {line}")?;
+    }
+    Ok(true)
+}
+
+/// What a config means, a line for the identity and one for each listener.
+fn meaning(config: &Config) -> Vec<String> {
+    let identity = &config.identity;
+    let source = match (&identity.workload_api, &identity.files, &identity.authority) {
+        (Some(api), ..) => format!("identity from the Workload API at {}", api.address),
+        (_, Some(files), _) => format!("identity from {}", files.certificate.display()),
+        (.., Some(authority)) => format!("identity {} from an authority of its own", authority.spiffe_id),
+        _ => "identity from SPIFFE_ENDPOINT_SOCKET".to_owned(),
+    };
+    let audit = match config.policy.mode {
+        PolicyMode::Enforce => "",
+        PolicyMode::Audit => "; policy is only audited: every proven identity is let through",
+    };
+    let mut lines = vec![format!("{source}{audit}")];
+    lines.extend(config.inbound.iter().map(|listener| inbound(listener, config)));
+    lines.extend(config.outbound.iter().map(|listener| {
+        let expected: Vec<&str> = listener.expect.as_slice().iter().map(|id| id.as_str()).collect();
+        let to: Vec<&str> = listener.to.as_slice().iter().map(String::as_str).collect();
+        format!(
+            "outbound {}: {} → mTLS → {}, which must be {}{}",
+            listener.name,
+            listener.listen,
+            some(&to),
+            some(&expected),
+            if listener.legacy_tls12 { " (TLS 1.2 too)" } else { "" }
+        )
+    }));
+    lines
+}
+
+fn inbound(listener: &Inbound, config: &Config) -> String {
+    let said_by = |action: Action| -> Vec<&str> {
+        let rules = config.policy.rules.iter();
+        rules
+            .filter(|rule| rule.action == action && rule.mode == PolicyMode::Enforce && rule.applies_to(listener))
+            .flat_map(|rule| rule.from.iter().map(|pattern| pattern.as_str()))
+            .collect()
+    };
+    let mut allowed: Vec<&str> = listener.allow.iter().map(|pattern| pattern.as_str()).collect();
+    allowed.extend(said_by(Action::Allow));
+    let denied = said_by(Action::Deny);
+    let who = if allowed.is_empty() { "nobody".to_owned() } else { some(&allowed) };
+    let but = if denied.is_empty() { String::new() } else { format!(" but not {}", some(&denied)) };
+    let legacy = if listener.legacy_tls12 { " (TLS 1.2 too)" } else { "" };
+    format!("inbound {}: mTLS on {}{legacy} → {}, for {who}{but}", listener.name, listener.listen, listener.to)
+}
+
+/// The first few, and how many more.
+fn some(texts: &[&str]) -> String {
+    const SHOWN: usize = 3;
+    let shown = texts.iter().take(SHOWN).copied().collect::<Vec<_>>().join(", ");
+    match texts.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}

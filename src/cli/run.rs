@@ -1,0 +1,132 @@
+//! `portcullis run`: the proxy.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{Failure, Outcome};
+use crate::app::Node;
+use crate::app::source::source_of;
+use crate::clock::Clock;
+use crate::config::{Loaded, Watcher, load};
+use crate::telemetry::log::Log;
+
+/// Arguments of `run`.
+#[derive(Debug, clap::Args)]
+pub struct RunArgs {
+    /// The config file. It is read again on SIGHUP and when its content changes.
+    #[arg(short, long, value_name = "FILE", env = "PORTCULLIS_CONFIG")]
+    pub config: PathBuf,
+}
+
+/// Runs the proxy until it is told to stop.
+///
+/// # Errors
+/// Why it could not start, or why it ended.
+pub fn run(args: &RunArgs) -> Outcome {
+    let loaded = load(&args.config)?;
+    let log = Log::start(&loaded.config.telemetry).map_err(Failure::new)?;
+    for warning in &loaded.warnings {
+        tracing::warn!("{}", warning.line(&loaded.name));
+    }
+    let threads = loaded.config.threads;
+    let traffic = traffic_runtime(threads)?;
+    // Admin, identity and reloads have threads of their own: a loaded data path still answers probes and rotates.
+    let control = Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("control")
+        .enable_all()
+        .build()
+        .map_err(Failure::new)?;
+    let outcome = control.block_on(serve(&args.config, loaded, &log, traffic.handle().clone()));
+    log.flush();
+    traffic.shutdown_background();
+    control.shutdown_background();
+    outcome
+}
+
+/// The runtime of the data path. The CPU quota decides how many threads it has unless the config does.
+pub(super) fn traffic_runtime(threads: Option<usize>) -> Result<Runtime, Failure> {
+    let mut builder = Builder::new_multi_thread();
+    let quota = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+    builder.worker_threads(threads.unwrap_or(quota));
+    builder.thread_name("traffic").enable_all().build().map_err(Failure::new)
+}
+
+async fn serve(path: &Path, loaded: Loaded, log: &Log, traffic: tokio::runtime::Handle) -> Outcome {
+    let mut terminate = signal(SignalKind::terminate()).map_err(Failure::new)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::new)?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(Failure::new)?;
+    let mut watcher = Watcher::new(path, &loaded.digest);
+    let clock = Clock::system();
+    let source = source_of(&loaded.config.identity, &clock).map_err(Failure::new)?;
+    let node = Node::start(loaded.config, source, clock, traffic).await.map_err(Failure::new)?;
+    for listener in node.proxy().listeners() {
+        tracing::info!(
+            listener = listener.name,
+            direction = listener.direction.as_str(),
+            address = listener.address,
+            "listening"
+        );
+    }
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), admin = %node.admin(), "started");
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => reload(path, &node, log, &mut watcher),
+            _ = watcher.changed() => reload(path, &node, log, &mut watcher),
+        }
+    }
+    let _draining = node.readiness().wait_for("drain");
+    let timeout = node.proxy().config().drain_timeout.0;
+    tracing::info!(open = node.proxy().registry().len(), timeout_seconds = timeout.as_secs_f64(), "draining");
+    tokio::select! {
+        left = node.proxy().drain(timeout) => {
+            if left > 0 {
+                tracing::warn!(left, "the drain time was over; the rest was closed");
+            }
+            tracing::info!("stopped");
+            Ok(ExitCode::SUCCESS)
+        }
+        _ = terminate.recv() => Ok(stopped_at_once()),
+        _ = interrupt.recv() => Ok(stopped_at_once()),
+    }
+}
+
+fn stopped_at_once() -> ExitCode {
+    tracing::warn!("told to stop again: stopped at once");
+    ExitCode::FAILURE
+}
+
+/// Reads the config again. A bad one is refused with the reason, and the old one goes on.
+fn reload(path: &Path, node: &Node, log: &Log, watcher: &mut Watcher) {
+    match load(path) {
+        Ok(loaded) => {
+            watcher.known(&loaded.digest);
+            for warning in &loaded.warnings {
+                tracing::warn!("{}", warning.line(&loaded.name));
+            }
+            let telemetry = loaded.config.telemetry.clone();
+            match node.reload(loaded.config) {
+                Ok(()) => {
+                    log.reload(&telemetry);
+                    tracing::info!(digest = loaded.digest, "config reloaded");
+                }
+                Err(why) => tracing::error!(%why, "config not reloaded; the old one goes on"),
+            }
+        }
+        Err(errors) => {
+            node.reload_failed();
+            for error in errors.to_string().lines() {
+                tracing::error!(%error, "config not reloaded; the old one goes on");
+            }
+        }
+    }
+}
+
+/// For how long a command that ends by itself lets connections finish.
+pub(super) const SHORT_DRAIN: Duration = Duration::from_millis(500);

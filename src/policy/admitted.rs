@@ -1,0 +1,94 @@
+//! The gate as a type: an [`Admitted`] is made here, out of a proven peer and a decision, and nowhere else.
+
+use std::sync::Arc;
+
+use super::{Decision, ListenerPolicy, Verdict};
+use crate::config::schema::PolicyMode;
+use crate::identity::SpiffeId;
+
+/// Something whose SPIFFE ID has been proven.
+pub trait Subject {
+    /// The proven ID.
+    fn spiffe_id(&self) -> &SpiffeId;
+}
+
+/// Something that a rule admitted. Forwarding takes this and nothing else.
+#[derive(Debug)]
+pub struct Admitted<T> {
+    subject: T,
+    decision: Decision,
+}
+
+impl<T> Admitted<T> {
+    /// The decision that admitted it.
+    pub fn decision(&self) -> &Decision {
+        &self.decision
+    }
+
+    /// What was admitted, for a look.
+    pub fn subject(&self) -> &T {
+        &self.subject
+    }
+
+    /// What was admitted, to work with.
+    pub fn into_subject(self) -> T {
+        self.subject
+    }
+}
+
+impl ListenerPolicy {
+    /// Admits a proven peer, or gives it back with the decision that refused it.
+    ///
+    /// # Errors
+    /// The subject and the decision.
+    pub fn admit<T: Subject>(&self, subject: T) -> Result<Admitted<T>, (T, Decision)> {
+        let decision = self.decide(subject.spiffe_id());
+        if decision.admits() { Ok(Admitted { subject, decision }) } else { Err((subject, decision)) }
+    }
+}
+
+/// The identities that an upstream may have: exactly these.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Expected {
+    ids: Box<[SpiffeId]>,
+    rule: Arc<str>,
+}
+
+impl Expected {
+    /// For the outbound listener of that name.
+    pub fn new(listener: &str, ids: &[SpiffeId]) -> Self {
+        Self { ids: ids.into(), rule: format!("expect:{listener}").into() }
+    }
+
+    /// Whether the ID is one of them.
+    pub fn contains(&self, id: &SpiffeId) -> bool {
+        self.ids.contains(id)
+    }
+
+    /// The decision about an upstream.
+    pub fn decide(&self, id: &SpiffeId) -> Decision {
+        let verdict = if self.contains(id) { Verdict::Allow } else { Verdict::Deny };
+        Decision { verdict, rule: Arc::clone(&self.rule), mode: PolicyMode::Enforce, audited: None }
+    }
+
+    /// Admits a proven upstream, or gives it back with the decision that refused it.
+    ///
+    /// # Errors
+    /// The subject and the decision.
+    pub fn admit<T: Subject>(&self, subject: T) -> Result<Admitted<T>, (T, Decision)> {
+        let decision = self.decide(subject.spiffe_id());
+        if decision.admits() { Ok(Admitted { subject, decision }) } else { Err((subject, decision)) }
+    }
+}
+
+impl std::fmt::Display for Expected {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (index, id) in self.ids.iter().enumerate() {
+            if index > 0 {
+                f.write_str(" or ")?;
+            }
+            id.fmt(f)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,121 @@
+//! One connection's numbers, from accept to end: whoever drops it writes the record.
+
+use std::sync::Arc;
+
+use super::listener::{Client, Shared};
+use super::record::{Cause, ConnectionRecord};
+use super::registry::{Entry, Registration, TooMany};
+use crate::clock::Clock;
+use crate::config::schema::{Connections, OnPeerExpiry};
+use crate::identity::SpiffeId;
+use crate::policy::Decision;
+use crate::tls::Peer;
+use crate::tls::reason::Reason;
+use crate::tls::record::{Direction, HandshakeRecord, Negotiated};
+
+use super::tcp::{Deadlines, End};
+
+/// A connection that is registered and will leave a record.
+pub(super) struct Connection {
+    shared: Arc<Shared>,
+    registration: Registration,
+    local: Option<SpiffeId>,
+    decision: Option<Decision>,
+    tls: Option<Negotiated>,
+    handshake_failure: Option<Reason>,
+    pub(super) upstream: Option<String>,
+    pub(super) sent: u64,
+    pub(super) received: u64,
+    end: Option<End>,
+}
+
+impl Connection {
+    pub(super) fn open(shared: &Arc<Shared>, direction: Direction, listener: &Arc<str>, client: Client) -> Self {
+        shared.observer.opened(direction);
+        Self {
+            registration: shared.registry.register(direction, Arc::clone(listener), client),
+            shared: Arc::clone(shared),
+            local: None,
+            decision: None,
+            tls: None,
+            handshake_failure: None,
+            upstream: None,
+            sent: 0,
+            received: 0,
+            end: None,
+        }
+    }
+
+    pub(super) fn entry(&self) -> &Arc<Entry> {
+        self.registration.entry()
+    }
+
+    pub(super) fn set_local(&mut self, id: &SpiffeId) {
+        self.local = Some(id.clone());
+    }
+
+    /// Tells of a handshake and keeps what the record needs.
+    pub(super) fn handshake(&mut self, record: &HandshakeRecord) {
+        self.shared.observer.handshake(record);
+        self.tls = record.negotiated;
+        self.handshake_failure = record.failure.as_ref().map(|failure| failure.reason);
+        if let Some(failure) = &record.failure {
+            let cause = if failure.reason == Reason::Denied { Cause::Denied } else { Cause::Handshake };
+            self.end(cause, failure.to_string());
+        }
+    }
+
+    pub(super) fn decided(&mut self, direction: Direction, decision: &Decision) {
+        self.shared.observer.decision(direction, decision);
+        self.decision = Some(decision.clone());
+    }
+
+    pub(super) fn set_peer(&mut self, peer: &Arc<Peer>, most: usize) -> Result<(), TooMany> {
+        self.registration.set_peer(peer, most)
+    }
+
+    pub(super) fn end(&mut self, cause: Cause, detail: impl Into<String>) {
+        self.end = Some(End { cause, detail: detail.into() });
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let entry = self.registration.entry();
+        // A task that was dropped unfinished was told to, or the runtime is going down.
+        let end = self
+            .end
+            .take()
+            .unwrap_or_else(|| End { cause: entry.stopped().unwrap_or(Cause::Drained), detail: String::new() });
+        let record = ConnectionRecord {
+            listener: Arc::clone(&entry.listener),
+            direction: entry.direction,
+            client: entry.client.to_string(),
+            upstream: self.upstream.take(),
+            peer: entry.peer().map(|peer| peer.id().clone()),
+            local: self.local.take(),
+            rule: self.decision.take().map(|decision| (decision.rule, decision.mode)),
+            tls: self.tls,
+            handshake_failure: self.handshake_failure,
+            bytes_sent: self.sent,
+            bytes_received: self.received,
+            duration: entry.opened.elapsed(),
+            cause: end.cause,
+            detail: end.detail,
+        };
+        self.shared.observer.closed(&record);
+    }
+}
+
+/// The deadlines of a connection whose peer is known.
+pub(super) fn deadlines(limits: &Connections, entry: &Entry, peer: &Peer, clock: &Clock) -> Deadlines {
+    let left = std::time::Duration::from_secs((peer.not_after() + 1).saturating_sub(clock.now()));
+    Deadlines {
+        idle: limits.idle_timeout.0,
+        half_closed: limits.half_closed_timeout.0,
+        max_age: limits.max_age.and_then(|age| entry.opened.checked_add(age.0)),
+        peer_expiry: (limits.on_peer_expiry == OnPeerExpiry::Close)
+            .then(|| std::time::Instant::now().checked_add(left))
+            .flatten(),
+    }
+}

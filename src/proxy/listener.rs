@@ -1,0 +1,372 @@
+//! Listeners: what is bound, what it is prepared with, and the loop that accepts.
+//!
+//! A listener keeps its socket for as long as its name and address stay; what its connections are served with is one
+//! immutable state that a reload or a rotation swaps.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+use super::connection::Connection;
+use super::io::{Plain, tune};
+use super::record::{Cause, Observer};
+use super::registry::Registry;
+use super::upstream::{HostPort, Target};
+use crate::clock::Clock;
+use crate::config::address;
+use crate::config::schema::{Connections, OnPeerExpiry, ProxyProtocol};
+use crate::identity::svid::Usage;
+use crate::policy::{Expected, ListenerPolicy};
+use crate::tls::reason::Reason;
+use crate::tls::record::Direction;
+use crate::tls::{ClientTls, Peer, Profile, ServerTls, Trust};
+
+/// What all listeners of a proxy share.
+pub struct Shared {
+    /// Who hears what happens.
+    pub observer: Arc<dyn Observer>,
+    /// What is open.
+    pub registry: Arc<Registry>,
+    /// The wall clock.
+    pub clock: Clock,
+    /// Places for connections, those in a handshake included.
+    pub places: Arc<Semaphore>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("open", &self.registry.len()).finish_non_exhaustive()
+    }
+}
+
+/// What an inbound listener's connections are served with.
+#[derive(Debug)]
+pub struct InboundState {
+    /// The workload.
+    pub to: Target,
+    /// Who may connect.
+    pub policy: Arc<ListenerPolicy>,
+    /// Limits and timeouts.
+    pub limits: Connections,
+    /// Whether the peer's identity is sent ahead of the bytes.
+    pub proxy_protocol: ProxyProtocol,
+    /// The profile.
+    pub profile: Arc<Profile>,
+    /// Places for handshakes.
+    pub slots: Arc<Semaphore>,
+    /// Trust of this generation; none before the first identity.
+    pub trust: Option<Arc<Trust>>,
+    /// Prebuilt TLS; none while there is no identity that may be used.
+    pub tls: Option<Arc<ServerTls>>,
+}
+
+/// What an outbound listener's connections are served with.
+#[derive(Debug)]
+pub struct OutboundState {
+    /// The upstream's addresses as declared.
+    pub to: Vec<HostPort>,
+    /// Whom we expect there.
+    pub expected: Arc<Expected>,
+    /// Limits and timeouts.
+    pub limits: Connections,
+    /// How long one address may take to accept.
+    pub connect_timeout: Duration,
+    /// The profile.
+    pub profile: Arc<Profile>,
+    /// Places for handshakes.
+    pub slots: Arc<Semaphore>,
+    /// Trust of this generation; none before the first identity.
+    pub trust: Option<Arc<Trust>>,
+    /// Prebuilt TLS; none while there is no identity that may be used.
+    pub tls: Option<Arc<ClientTls>>,
+}
+
+/// An inbound listener.
+#[derive(Debug)]
+pub struct Inbound {
+    /// Its name.
+    pub name: Arc<str>,
+    /// What it serves with now.
+    pub state: ArcSwap<InboundState>,
+}
+
+/// An outbound listener.
+#[derive(Debug)]
+pub struct Outbound {
+    /// Its name.
+    pub name: Arc<str>,
+    /// What it serves with now.
+    pub state: ArcSwap<OutboundState>,
+}
+
+impl InboundState {
+    /// Whether a live connection of this peer would still be admitted; the cause if not.
+    pub fn rejudge(&self, peer: &Peer, clock: &Clock) -> Option<Cause> {
+        let (Some(trust), Some(_)) = (&self.trust, &self.tls) else { return Some(Cause::OwnExpired) };
+        rejudge_trust(trust, peer, Usage::Client, self.limits.on_peer_expiry, clock)
+            .or_else(|| (!self.policy.decide(peer.id()).admits()).then_some(Cause::PolicyChanged))
+    }
+}
+
+impl OutboundState {
+    /// Whether a live connection to this upstream would still be admitted; the cause if not.
+    pub fn rejudge(&self, peer: &Peer, clock: &Clock) -> Option<Cause> {
+        let (Some(trust), Some(_)) = (&self.trust, &self.tls) else { return Some(Cause::OwnExpired) };
+        rejudge_trust(trust, peer, Usage::Server, self.limits.on_peer_expiry, clock)
+            .or_else(|| (!self.expected.contains(peer.id())).then_some(Cause::PolicyChanged))
+    }
+}
+
+fn rejudge_trust(trust: &Trust, peer: &Peer, usage: Usage, on_expiry: OnPeerExpiry, clock: &Clock) -> Option<Cause> {
+    // Where expiry is allowed to pass, everything else is still judged, as of the last moment of validity.
+    let expired = clock.now() > peer.not_after();
+    let judged = if expired && on_expiry == OnPeerExpiry::Keep {
+        trust.judge_at(peer.chain(), usage, peer.not_after())
+    } else {
+        trust.judge(peer.chain(), usage)
+    };
+    match judged {
+        Ok(_) => None,
+        Err(failure) => Some(match failure.reason {
+            Reason::Revoked => Cause::Revoked,
+            Reason::Expired => Cause::PeerExpired,
+            _ => Cause::BundleChanged,
+        }),
+    }
+}
+
+/// Who connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Client {
+    /// Over TCP.
+    Tcp(SocketAddr),
+    /// Over a Unix socket.
+    Unix,
+}
+
+impl fmt::Display for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix => f.write_str("unix"),
+        }
+    }
+}
+
+/// A connection as it came in: a socket and who it is from. Only a listener makes one.
+#[derive(Debug)]
+pub struct Accepted {
+    pub(super) io: Plain,
+    pub(super) client: Client,
+    pub(super) at: Instant,
+    pub(super) _place: OwnedSemaphorePermit,
+}
+
+/// Where to listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// TCP.
+    Tcp(SocketAddr),
+    /// A Unix socket; the file is made and removed by us.
+    Unix(PathBuf),
+}
+
+impl Address {
+    /// Reads `IP:PORT` or `unix:///absolute/path`.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let target = address::Target::parse(text)?;
+        match target.socket_addr() {
+            Some(at) => Ok(Self::Tcp(at)),
+            None => match target {
+                address::Target::Unix(path) => Ok(Self::Unix(path)),
+                address::Target::Tcp { host, .. } => Err(format!("'{host}' is not an IP address")),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+        }
+    }
+}
+
+/// A bound socket.
+#[derive(Debug)]
+pub enum Listener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// A Unix socket, removed when dropped.
+    Unix(UnixListener, SocketFile),
+}
+
+/// The file of a Unix socket of ours.
+#[derive(Debug)]
+pub struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+impl Listener {
+    /// Binds, within a runtime.
+    ///
+    /// # Errors
+    /// The address and the system's error; a Unix path that holds something else than a dead socket is left alone.
+    pub fn bind(address: &Address) -> io::Result<Self> {
+        let explain = |error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"));
+        match address {
+            Address::Tcp(at) => {
+                let domain = socket2::Domain::for_address(*at);
+                let socket = socket2::Socket::new(domain, socket2::Type::STREAM, Some(socket2::Protocol::TCP))
+                    .map_err(explain)?;
+                socket.set_reuse_address(true).map_err(explain)?;
+                socket.set_nonblocking(true).map_err(explain)?;
+                socket.bind(&(*at).into()).map_err(explain)?;
+                socket.listen(4096).map_err(explain)?;
+                TcpListener::from_std(socket.into()).map(Self::Tcp).map_err(explain)
+            }
+            Address::Unix(path) => {
+                let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+                if is_socket && std::os::unix::net::UnixStream::connect(path).is_err() {
+                    let _ = std::fs::remove_file(path);
+                }
+                let listener = UnixListener::bind(path).map_err(explain)?;
+                Ok(Self::Unix(listener, SocketFile(path.clone())))
+            }
+        }
+    }
+
+    /// Where it listens; the real port where 0 was asked for.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn local_address(&self) -> io::Result<Address> {
+        match self {
+            Self::Tcp(listener) => listener.local_addr().map(Address::Tcp),
+            Self::Unix(_, file) => Ok(Address::Unix(file.0.clone())),
+        }
+    }
+
+    async fn accept(&self) -> io::Result<(Plain, Client)> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, client) = listener.accept().await?;
+                tune(&stream);
+                Ok((Plain::Tcp(stream), Client::Tcp(client)))
+            }
+            Self::Unix(listener, _) => {
+                let (stream, _) = listener.accept().await?;
+                Ok((Plain::Unix(stream), Client::Unix))
+            }
+        }
+    }
+}
+
+/// Longest wait after a failed accept.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+
+/// Accepts until `stop` turns true (or its sender is gone), and starts `serve` as a task for each connection.
+///
+/// When descriptors or memory run out it waits, longer each time, instead of spinning; what waits in the kernel's queue
+/// is served when there is room again. Past the cap on connections a connection is accepted, reset and recorded.
+pub async fn accept_loop<S, F>(
+    listener: Listener,
+    name: Arc<str>,
+    direction: Direction,
+    shared: Arc<Shared>,
+    mut stop: watch::Receiver<bool>,
+    serve: S,
+) where
+    S: Fn(Accepted) -> F + Send + 'static,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut wait = Duration::ZERO;
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            _ = stop.wait_for(|stop| *stop) => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((io, client)) => {
+                wait = Duration::ZERO;
+                match Arc::clone(&shared.places).try_acquire_owned() {
+                    Ok(place) => {
+                        tokio::spawn(serve(Accepted { io, client, at: Instant::now(), _place: place }));
+                    }
+                    Err(_) => {
+                        let mut connection = Connection::open(&shared, direction, &name, client);
+                        connection.end(Cause::Limit, "connections.max is reached");
+                        io.abort();
+                    }
+                }
+            }
+            Err(error) if belongs_to_the_connection(&error) => {}
+            Err(error) => {
+                let kind = match error.raw_os_error().map(rustix::io::Errno::from_raw_os_error) {
+                    Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE) => "descriptors",
+                    Some(rustix::io::Errno::NOBUFS | rustix::io::Errno::NOMEM) => "memory",
+                    _ => "other",
+                };
+                if wait.is_zero() {
+                    tracing::warn!(listener = %name, %error, "cannot accept connections; waiting for room");
+                }
+                shared.observer.accept_failed(&name, kind);
+                wait = (wait * 2).clamp(Duration::from_millis(5), LONGEST_WAIT);
+                tokio::time::sleep(wait).await;
+            }
+        }
+    }
+}
+
+/// Errors of accept(2) that concern only the connection that was about to be accepted.
+fn belongs_to_the_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::Interrupted
+    )
+}
+
+impl Inbound {
+    /// Serves until `stop`.
+    pub async fn run(self: Arc<Self>, listener: Listener, shared: Arc<Shared>, stop: watch::Receiver<bool>) {
+        let name = Arc::clone(&self.name);
+        let serving = Arc::clone(&shared);
+        accept_loop(listener, name, Direction::Inbound, shared, stop, move |accepted| {
+            super::inbound::serve(accepted, Arc::clone(&self), Arc::clone(&serving))
+        })
+        .await;
+    }
+}
+
+impl Outbound {
+    /// Serves until `stop`.
+    pub async fn run(self: Arc<Self>, listener: Listener, shared: Arc<Shared>, stop: watch::Receiver<bool>) {
+        let name = Arc::clone(&self.name);
+        let serving = Arc::clone(&shared);
+        accept_loop(listener, name, Direction::Outbound, shared, stop, move |accepted| {
+            super::outbound::serve(accepted, Arc::clone(&self), Arc::clone(&serving))
+        })
+        .await;
+    }
+}

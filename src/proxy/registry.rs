@@ -1,0 +1,237 @@
+//! What is open right now, so that it can be judged again.
+//!
+//! A connection registers before its first check. Whoever changes policy or trust publishes the change first and then
+//! walks the registry; a connection writes its peer down first and then looks whether anything was published since. So
+//! no change slips between.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
+
+use atomic_waker::AtomicWaker;
+
+use super::record::Cause;
+use crate::identity::SpiffeId;
+use crate::tls::Peer;
+use crate::tls::record::Direction;
+
+const SHARDS: usize = 16;
+
+/// One open connection.
+#[derive(Debug)]
+pub struct Entry {
+    number: u64,
+    /// Which way.
+    pub direction: Direction,
+    /// The listener's name.
+    pub listener: Arc<str>,
+    /// Who connected, as text.
+    pub client: super::listener::Client,
+    /// When.
+    pub opened: Instant,
+    peer: OnceLock<Arc<Peer>>,
+    /// 0, or one more than the index of the cause in [`Cause::ALL`].
+    stop: AtomicU8,
+    waker: AtomicWaker,
+}
+
+impl Entry {
+    /// The proven peer, once there is one.
+    pub fn peer(&self) -> Option<&Arc<Peer>> {
+        self.peer.get()
+    }
+
+    /// Tells the connection to end. The first cause stays.
+    pub fn stop(&self, cause: Cause) {
+        let code = Cause::ALL.iter().position(|c| *c == cause).and_then(|i| u8::try_from(i + 1).ok()).unwrap_or(1);
+        let _ = self.stop.compare_exchange(0, code, Ordering::SeqCst, Ordering::SeqCst);
+        self.waker.wake();
+    }
+
+    /// Why the connection was told to end, if it was.
+    pub fn stopped(&self) -> Option<Cause> {
+        match self.stop.load(Ordering::SeqCst) {
+            0 => None,
+            code => Cause::ALL.get(usize::from(code) - 1).copied(),
+        }
+    }
+
+    /// Like [`Entry::stopped`], and wakes the task when it comes to that.
+    pub fn poll_stopped(&self, waker: &std::task::Waker) -> Option<Cause> {
+        self.waker.register(waker);
+        self.stopped()
+    }
+
+    /// Waits until the connection is told to end.
+    pub async fn until_stopped(&self) -> Cause {
+        std::future::poll_fn(|cx| match self.poll_stopped(cx.waker()) {
+            Some(cause) => std::task::Poll::Ready(cause),
+            None => std::task::Poll::Pending,
+        })
+        .await
+    }
+}
+
+/// All open connections of a proxy.
+#[derive(Debug)]
+pub struct Registry {
+    shards: [Mutex<HashMap<u64, Arc<Entry>>>; SHARDS],
+    per_peer: Mutex<HashMap<(Direction, SpiffeId), usize>>,
+    next: AtomicU64,
+    open: AtomicUsize,
+    emptied: tokio::sync::Notify,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self {
+            shards: std::array::from_fn(|_| Mutex::default()),
+            per_peer: Mutex::default(),
+            next: AtomicU64::new(0),
+            open: AtomicUsize::new(0),
+            emptied: tokio::sync::Notify::new(),
+        }
+    }
+}
+
+impl Registry {
+    /// Registers a connection; it is open until the guard drops.
+    pub fn register(
+        self: &Arc<Self>,
+        direction: Direction,
+        listener: Arc<str>,
+        client: super::listener::Client,
+    ) -> Registration {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let entry = Arc::new(Entry {
+            number,
+            direction,
+            listener,
+            client,
+            opened: Instant::now(),
+            peer: OnceLock::new(),
+            stop: AtomicU8::new(0),
+            waker: AtomicWaker::new(),
+        });
+        self.open.fetch_add(1, Ordering::SeqCst);
+        if let Some(shard) = self.shard(number) {
+            shard.lock().unwrap_or_else(PoisonError::into_inner).insert(number, Arc::clone(&entry));
+        }
+        Registration { registry: Arc::clone(self), entry }
+    }
+
+    fn shard(&self, number: u64) -> Option<&Mutex<HashMap<u64, Arc<Entry>>>> {
+        self.shards.get(usize::try_from(number % SHARDS as u64).unwrap_or(0))
+    }
+
+    /// How many connections are open, those in a handshake included.
+    pub fn len(&self) -> usize {
+        self.open.load(Ordering::SeqCst)
+    }
+
+    /// Whether none is open.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Waits until none is open.
+    pub async fn until_empty(&self) {
+        loop {
+            let notified = self.emptied.notified();
+            if self.is_empty() {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    /// Judges every open connection whose peer is known, and tells those to end for which `judge` gives a cause.
+    /// Answers how many those were.
+    pub fn rejudge(&self, judge: impl Fn(&Entry, &Arc<Peer>) -> Option<Cause>) -> usize {
+        let mut ended = 0;
+        for entry in self.snapshot(usize::MAX) {
+            if let Some(cause) = entry.peer().and_then(|peer| judge(&entry, peer)) {
+                entry.stop(cause);
+                ended += 1;
+            }
+        }
+        ended
+    }
+
+    /// Tells all that `which` picks to end.
+    pub fn stop_all(&self, cause: Cause, which: impl Fn(&Entry) -> bool) {
+        for entry in self.snapshot(usize::MAX) {
+            if which(&entry) {
+                entry.stop(cause);
+            }
+        }
+    }
+
+    /// At most so many of the open connections, the oldest first within what is looked at.
+    pub fn snapshot(&self, most: usize) -> Vec<Arc<Entry>> {
+        let mut entries = Vec::new();
+        for shard in &self.shards {
+            let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            entries.extend(shard.values().take(most - entries.len().min(most)).cloned());
+        }
+        entries.sort_unstable_by_key(|entry| entry.number);
+        entries
+    }
+}
+
+/// Too many connections of one peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooMany;
+
+/// Keeps a connection registered.
+#[derive(Debug)]
+pub struct Registration {
+    registry: Arc<Registry>,
+    entry: Arc<Entry>,
+}
+
+impl Registration {
+    /// The entry.
+    pub fn entry(&self) -> &Arc<Entry> {
+        &self.entry
+    }
+
+    /// Writes the proven peer down and counts it.
+    ///
+    /// # Errors
+    /// The peer has `most` connections already.
+    pub fn set_peer(&self, peer: &Arc<Peer>, most: usize) -> Result<(), TooMany> {
+        let mut per_peer = self.registry.per_peer.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (self.entry.direction, peer.id().clone());
+        let count = per_peer.get(&key).copied().unwrap_or(0);
+        if count >= most {
+            return Err(TooMany);
+        }
+        if self.entry.peer.set(Arc::clone(peer)).is_ok() {
+            per_peer.insert(key, count + 1);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        if let Some(peer) = self.entry.peer() {
+            let mut per_peer = self.registry.per_peer.lock().unwrap_or_else(PoisonError::into_inner);
+            let key = (self.entry.direction, peer.id().clone());
+            if let Some(count) = per_peer.get_mut(&key) {
+                *count = count.saturating_sub(1);
+                if *count == 0 {
+                    per_peer.remove(&key);
+                }
+            }
+        }
+        if let Some(shard) = self.registry.shard(self.entry.number) {
+            shard.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.entry.number);
+        }
+        if self.registry.open.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.registry.emptied.notify_waiters();
+        }
+    }
+}

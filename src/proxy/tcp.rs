@@ -1,0 +1,309 @@
+//! Bytes between the two sides of an admitted connection.
+//!
+//! Buffers are lent only while bytes move: each worker thread has one, a read goes into it and straight out to the other
+//! side. Only what the other side does not take at once is kept with the connection, and given back when it has. So an
+//! idle connection holds no buffer of ours.
+//!
+//! Half-close works both ways. An end without close_notify on the TLS side is a truncation and is passed on as a reset,
+//! never as an orderly end.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Sleep;
+
+use super::record::Cause;
+use super::registry::Entry;
+
+/// What a worker thread lends, in bytes: four TLS records.
+const LENT: usize = 64 * 1024;
+/// Rounds of one direction before others get their turn.
+const ROUNDS: usize = 8;
+
+thread_local! {
+    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; LENT].into_boxed_slice());
+}
+
+/// Times after which a connection ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadlines {
+    /// Without a byte in either direction.
+    pub idle: Duration,
+    /// Without a byte, once one side has finished.
+    pub half_closed: Duration,
+    /// When it has reached its age.
+    pub max_age: Option<Instant>,
+    /// When the peer's SVID expires.
+    pub peer_expiry: Option<Instant>,
+}
+
+/// How a connection ended.
+#[derive(Debug)]
+pub struct End {
+    /// Why.
+    pub cause: Cause,
+    /// Details in words.
+    pub detail: String,
+}
+
+impl End {
+    fn new(cause: Cause) -> Self {
+        Self { cause, detail: String::new() }
+    }
+}
+
+/// One direction.
+#[derive(Debug, Default)]
+struct Half {
+    state: State,
+    /// Bytes that the other side has not taken yet.
+    held: Vec<u8>,
+    taken: usize,
+    unflushed: bool,
+    /// An end or error that came behind bytes not yet delivered.
+    deferred: Option<io::Result<()>>,
+    moved: u64,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Open,
+    Closing,
+    Closed,
+}
+
+/// Which side an error came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Tls,
+    Plain,
+}
+
+type HalfResult = Poll<Result<(), (Side, io::Error)>>;
+
+impl Half {
+    fn poll<R, W>(
+        &mut self,
+        cx: &mut Context<'_>,
+        (r, reading): (&mut R, Side),
+        (w, writing): (&mut W, Side),
+    ) -> HalfResult
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        for _ in 0..ROUNDS {
+            while let Some(rest) = self.held.get(self.taken..).filter(|rest| !rest.is_empty()) {
+                match Pin::new(&mut *w).poll_write(cx, rest) {
+                    Poll::Pending => return Poll::Pending,
+                    Poll::Ready(Ok(0)) => return Poll::Ready(Err((writing, io::ErrorKind::WriteZero.into()))),
+                    Poll::Ready(Ok(count)) => self.taken += count,
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err((writing, error))),
+                }
+            }
+            if self.taken > 0 {
+                self.held = Vec::new();
+                self.taken = 0;
+            }
+            match self.state {
+                State::Closed => return Poll::Ready(Ok(())),
+                State::Closing => {
+                    match Pin::new(&mut *w).poll_shutdown(cx) {
+                        Poll::Pending => return Poll::Pending,
+                        // The other side has gone already: nothing is lost, everything was written before.
+                        Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::NotConnected => {}
+                        Poll::Ready(Err(error)) => return Poll::Ready(Err((writing, error))),
+                        Poll::Ready(Ok(())) => {}
+                    }
+                    self.state = State::Closed;
+                }
+                State::Open => match self.deferred.take() {
+                    Some(Ok(())) => self.state = State::Closing,
+                    Some(Err(error)) => return Poll::Ready(Err((reading, error))),
+                    None => match self.pass(cx, r, (w, writing)) {
+                        Poll::Ready(Ok(())) => {}
+                        other => return other,
+                    },
+                },
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Reads what there is into the lent buffer and writes it out. Ready: there may be more.
+    fn pass<R, W>(&mut self, cx: &mut Context<'_>, r: &mut R, (w, writing): (&mut W, Side)) -> HalfResult
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        BUFFER.with_borrow_mut(|buffer| {
+            let mut lent = ReadBuf::new(buffer);
+            let mut dry = false;
+            while lent.remaining() > 0 && self.deferred.is_none() {
+                let before = lent.filled().len();
+                match Pin::new(&mut *r).poll_read(cx, &mut lent) {
+                    Poll::Pending => {
+                        dry = true;
+                        break;
+                    }
+                    Poll::Ready(Ok(())) if lent.filled().len() == before => self.deferred = Some(Ok(())),
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(error)) => self.deferred = Some(Err(error)),
+                }
+            }
+            let mut rest = lent.filled();
+            self.moved += rest.len() as u64;
+            while !rest.is_empty() {
+                match Pin::new(&mut *w).poll_write(cx, rest) {
+                    Poll::Pending => {
+                        self.held = rest.to_vec();
+                        return Poll::Pending;
+                    }
+                    Poll::Ready(Ok(0)) => return Poll::Ready(Err((writing, io::ErrorKind::WriteZero.into()))),
+                    Poll::Ready(Ok(count)) => {
+                        self.unflushed = true;
+                        rest = rest.get(count..).unwrap_or_default();
+                    }
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err((writing, error))),
+                }
+            }
+            if dry && self.unflushed {
+                match Pin::new(&mut *w).poll_flush(cx) {
+                    Poll::Ready(Ok(())) => self.unflushed = false,
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err((writing, error))),
+                    Poll::Pending => {}
+                }
+            }
+            if dry { Poll::Pending } else { Poll::Ready(Ok(())) }
+        })
+    }
+}
+
+/// Forwards between the TLS side and the plaintext side until both have finished, a deadline passes, or the entry is
+/// told to stop. `progress` hears how many bytes came from the TLS side and from the plaintext side since the last call.
+pub struct Forward<'a, T, P, F> {
+    tls: &'a mut T,
+    plain: &'a mut P,
+    entry: &'a Entry,
+    deadlines: Deadlines,
+    progress: F,
+    from_tls: Half,
+    from_plain: Half,
+    told: (u64, u64),
+    last: Instant,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl<T, P, F> std::fmt::Debug for Forward<'_, T, P, F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Forward")
+            .field("from_tls", &self.from_tls)
+            .field("from_plain", &self.from_plain)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a, T, P, F> Forward<'a, T, P, F> {
+    /// Ready to forward; nothing moves until it is polled.
+    pub fn new(tls: &'a mut T, plain: &'a mut P, entry: &'a Entry, deadlines: Deadlines, progress: F) -> Self {
+        let last = Instant::now();
+        let mut forward = Self {
+            tls,
+            plain,
+            entry,
+            deadlines,
+            progress,
+            from_tls: Half::default(),
+            from_plain: Half::default(),
+            told: (0, 0),
+            last,
+            timer: Box::pin(tokio::time::sleep_until(last.into())),
+        };
+        let next = forward.next_deadline().0;
+        forward.timer.as_mut().reset(next.into());
+        forward
+    }
+
+    fn half_closed(&self) -> bool {
+        self.from_tls.state == State::Closed || self.from_plain.state == State::Closed
+    }
+
+    /// The deadline that comes first, and what it means.
+    fn next_deadline(&self) -> (Instant, Cause) {
+        let quiet = if self.half_closed() {
+            (self.last + self.deadlines.half_closed, Cause::HalfClosed)
+        } else {
+            (self.last + self.deadlines.idle, Cause::Idle)
+        };
+        let fixed = [
+            self.deadlines.max_age.map(|at| (at, Cause::MaxAge)),
+            self.deadlines.peer_expiry.map(|at| (at, Cause::PeerExpired)),
+        ];
+        fixed.into_iter().flatten().fold(quiet, |first, other| if other.0 < first.0 { other } else { first })
+    }
+}
+
+impl<T, P, F> Future for Forward<'_, T, P, F>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+    P: AsyncRead + AsyncWrite + Unpin,
+    F: FnMut(u64, u64) + Unpin,
+{
+    type Output = End;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<End> {
+        let this = self.get_mut();
+        if let Some(cause) = this.entry.poll_stopped(cx.waker()) {
+            return Poll::Ready(End::new(cause));
+        }
+        let was_half_closed = this.half_closed();
+        let inward = this.from_tls.poll(cx, (this.tls, Side::Tls), (this.plain, Side::Plain));
+        let outward = match &inward {
+            Poll::Ready(Err(_)) => Poll::Pending,
+            _ => this.from_plain.poll(cx, (this.plain, Side::Plain), (this.tls, Side::Tls)),
+        };
+        let moved = (this.from_tls.moved - this.told.0, this.from_plain.moved - this.told.1);
+        if moved != (0, 0) {
+            this.told = (this.from_tls.moved, this.from_plain.moved);
+            this.last = Instant::now();
+            (this.progress)(moved.0, moved.1);
+        }
+        match (inward, outward) {
+            (Poll::Ready(Err((side, error))), _) | (_, Poll::Ready(Err((side, error)))) => {
+                return Poll::Ready(end_of(side, &error));
+            }
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(End::new(Cause::Done)),
+            _ => {}
+        }
+        if this.half_closed() != was_half_closed {
+            this.last = Instant::now();
+            let next = this.next_deadline().0;
+            this.timer.as_mut().reset(next.into());
+        }
+        while this.timer.as_mut().poll(cx).is_ready() {
+            let (at, cause) = this.next_deadline();
+            if at <= Instant::now() {
+                return Poll::Ready(End::new(cause));
+            }
+            this.timer.as_mut().reset(at.into());
+        }
+        Poll::Pending
+    }
+}
+
+fn end_of(side: Side, error: &io::Error) -> End {
+    let cause = match (side, error.kind()) {
+        (Side::Tls, io::ErrorKind::UnexpectedEof) => Cause::Truncated,
+        (Side::Tls, io::ErrorKind::InvalidData) => Cause::TlsError,
+        _ => Cause::Reset,
+    };
+    let who = if side == Side::Tls { "TLS side" } else { "plaintext side" };
+    End { cause, detail: format!("{who}: {error}") }
+}

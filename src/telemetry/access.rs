@@ -1,0 +1,45 @@
+//! The access log: one line for each connection, when it ends.
+//!
+//! Fields are flat and their names are stable. What a peer supplied is escaped by the log's own formatter; SPIFFE IDs
+//! cannot hold anything that needs it.
+
+use crate::config::schema::PolicyMode;
+use crate::proxy::record::{Cause, ConnectionRecord};
+
+/// Writes the line of one connection under the target `portcullis::access`.
+pub fn write(record: &ConnectionRecord) {
+    let text = |id: &Option<crate::identity::SpiffeId>| id.as_ref().map(|id| id.as_str().to_owned());
+    let tls = record.tls.as_ref();
+    let (rule, mode) = match &record.rule {
+        Some((rule, mode)) => (Some(&**rule), Some(if *mode == PolicyMode::Audit { "audit" } else { "enforce" })),
+        None => (None, None),
+    };
+    let message = match record.cause {
+        Cause::Done => "connection done",
+        Cause::Denied | Cause::Handshake | Cause::Limit => "connection refused",
+        _ => "connection ended",
+    };
+    tracing::info!(
+        target: "portcullis::access",
+        listener = &*record.listener,
+        direction = record.direction.as_str(),
+        client = record.client,
+        upstream = record.upstream,
+        peer = text(&record.peer),
+        local = text(&record.local),
+        rule,
+        mode,
+        tls_version = tls.map(|tls| tls.version),
+        cipher_suite = tls.map(|tls| tls.cipher_suite),
+        group = tls.map(|tls| tls.group),
+        key_type = tls.map(|tls| tls.peer_key.as_str()),
+        resumed = tls.map(|tls| tls.resumed),
+        bytes_sent = record.bytes_sent,
+        bytes_received = record.bytes_received,
+        duration_seconds = record.duration.as_secs_f64(),
+        cause = record.cause.as_str(),
+        reason = record.handshake_failure.map(|reason| reason.as_str()),
+        detail = (!record.detail.is_empty()).then_some(record.detail.as_str()),
+        "{message}"
+    );
+}

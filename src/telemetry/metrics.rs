@@ -1,0 +1,523 @@
+//! The metrics, on the `prometheus` crate; nothing outside this file knows which crate it is.
+//!
+//! Names and labels are those users alert on: see ARCHITECTURE.md. Every label value comes out of a closed set, out of the
+//! config, or out of a set with a cap of its own ([`Bounded`]).
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use prometheus::core::Collector;
+use prometheus::{
+    Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+use crate::config::schema::{Labels, PolicyMode};
+use crate::identity::keeper::{Counters, Current, SvidState};
+use crate::policy::{Decision, Verdict};
+use crate::proxy::record::{Cause, ConnectionRecord};
+use crate::tls::hello::WEAK;
+use crate::tls::reason::Reason;
+use crate::tls::record::{Direction, HandshakeRecord};
+
+/// Upper bounds of the handshake histogram, seconds.
+const HANDSHAKE_BUCKETS: &[f64] =
+    &[0.0001, 0.00025, 0.0005, 0.00075, 0.001, 0.0015, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
+/// The most rule names, and the most trust domains, that get a series of their own.
+const MOST_NAMES: usize = 512;
+/// What everything beyond a cap is counted under.
+const OTHER: &str = "other";
+/// L4 carries opaque bytes.
+const PROTOCOL: &str = "tcp";
+
+const DIRECTIONS: [Direction; 2] = [Direction::Inbound, Direction::Outbound];
+
+/// Names that may have series of their own, up to a cap: first come, first served.
+#[derive(Debug)]
+struct Bounded {
+    most: usize,
+    known: Mutex<HashSet<String>>,
+}
+
+impl Bounded {
+    fn new(most: usize) -> Self {
+        Self { most, known: Mutex::default() }
+    }
+
+    fn label<'a>(&self, name: &'a str) -> &'a str {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.contains(name) {
+            return name;
+        }
+        if known.len() < self.most {
+            known.insert(name.to_owned());
+            return name;
+        }
+        OTHER
+    }
+}
+
+/// All metrics of one proxy.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    handshake_duration: HistogramVec,
+    handshakes: IntCounterVec,
+    negotiated: IntCounterVec,
+    offered_weak: IntCounterVec,
+    svid_expiry: Gauge,
+    svid_rotations: IntCounterVec,
+    svid_state: IntGaugeVec,
+    svid_overdue: IntGauge,
+    source_up: IntGauge,
+    bundle_expiry: GaugeVec,
+    bundle_domains: Mutex<BTreeSet<String>>,
+    decisions: IntCounterVec,
+    rules: Bounded,
+    open: IntGaugeVec,
+    connections: IntCounterVec,
+    bytes: IntCounterVec,
+    moving: [[prometheus::IntCounter; 2]; 2],
+    peers: IntCounterVec,
+    peer_names: Bounded,
+    accept_errors: IntCounterVec,
+    reloads: IntCounterVec,
+    reloaded: Gauge,
+    chains: IntCounterVec,
+    process: Process,
+    counted: Mutex<Counters>,
+    chains_counted: Mutex<(u64, u64)>,
+}
+
+#[derive(Debug)]
+struct Process {
+    resident: IntGauge,
+    descriptors: IntGauge,
+    cpu: Gauge,
+}
+
+fn keep<C: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<C>) -> prometheus::Result<C> {
+    let collector = made?;
+    registry.register(Box::new(collector.clone()))?;
+    Ok(collector)
+}
+
+impl Metrics {
+    /// All metrics with their constant labels, each closed set at zero from the start.
+    ///
+    /// # Errors
+    /// A label value that the text format cannot carry, or a name used twice: a mistake of ours or of the config.
+    pub fn new(labels: &Labels, max_peers: usize, fips: bool) -> prometheus::Result<Self> {
+        let constant = [
+            ("service_name".to_owned(), labels.service_name.clone()),
+            ("environment".to_owned(), labels.environment.clone()),
+            ("domain".to_owned(), labels.domain.clone()),
+        ];
+        let registry = Registry::new_custom(Some("portcullis".into()), Some(constant.into_iter().collect()))?;
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            keep(&registry, IntCounterVec::new(Opts::new(name, help), labels))
+        };
+        let gauges =
+            |name: &str, help: &str, labels: &[&str]| keep(&registry, IntGaugeVec::new(Opts::new(name, help), labels));
+        let gauge = |name: &str, help: &str| keep(&registry, Gauge::new(name, help));
+        let whole = |name: &str, help: &str| keep(&registry, IntGauge::new(name, help));
+        let bytes = counters(
+            "bytes_total",
+            "Bytes carried, from the side that connected (sent) and back (received).",
+            &["direction", "protocol", "way"],
+        )?;
+        let moving = DIRECTIONS.map(|direction| {
+            ["sent", "received"].map(|way| bytes.with_label_values(&[direction.as_str(), PROTOCOL, way]))
+        });
+        let build = gauges(
+            "build_info",
+            "Version and provider of the cryptography; always 1.",
+            &["version", "provider", "fips"],
+        )?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION"), "aws-lc-rs", if fips { "true" } else { "false" }]).set(1);
+        let started = gauge("process_start_time_seconds", "When the process started, seconds since the Unix epoch.")?;
+        started.set(unix_now());
+        let metrics = Self {
+            handshake_duration: keep(
+                &registry,
+                HistogramVec::new(
+                    HistogramOpts::new(
+                        "tls_handshake_duration_seconds",
+                        "From the first byte of a TLS handshake to its end, successful ones only.",
+                    )
+                    .buckets(HANDSHAKE_BUCKETS.to_vec()),
+                    &["direction", "version", "cipher_suite", "group", "resumed"],
+                ),
+            )?,
+            handshakes: counters(
+                "tls_handshakes_total",
+                "TLS handshakes by result; the reason of a failed one is of a closed set.",
+                &["direction", "result", "reason"],
+            )?,
+            negotiated: counters(
+                "tls_negotiated_total",
+                "What TLS handshakes negotiated, and whether it lies within the declared profile.",
+                &["direction", "version", "cipher_suite", "group", "signature", "key_type", "compliant"],
+            )?,
+            offered_weak: counters(
+                "tls_offered_weak_total",
+                "TLS handshakes in which the peer offered something below the profile.",
+                &["direction", "what"],
+            )?,
+            svid_expiry: gauge(
+                "svid_expiry_timestamp_seconds",
+                "When our SVID and its chain expire, seconds since the Unix epoch; 0 without one.",
+            )?,
+            svid_rotations: counters(
+                "svid_rotations_total",
+                "Replacements of our SVID by the identity source, taken or refused.",
+                &["result"],
+            )?,
+            svid_state: gauges("svid_state", "The state of our SVID: 1 for the one it is in.", &["state"])?,
+            svid_overdue: whole(
+                "svid_rotation_overdue",
+                "1 while our SVID is past 60 % of its life without a newer one.",
+            )?,
+            source_up: whole("identity_source_up", "1 while the identity source can be reached.")?,
+            bundle_expiry: keep(
+                &registry,
+                GaugeVec::new(
+                    Opts::new(
+                        "trust_bundle_expiry_timestamp_seconds",
+                        "When the last authority of a trust domain expires, seconds since the Unix epoch.",
+                    ),
+                    &["trust_domain"],
+                ),
+            )?,
+            bundle_domains: Mutex::default(),
+            decisions: counters(
+                "authorization_decisions_total",
+                "Authorization decisions by rule; mode audit: what was decided and not carried out.",
+                &["direction", "rule", "decision", "mode"],
+            )?,
+            rules: Bounded::new(MOST_NAMES),
+            open: gauges(
+                "connections_open",
+                "Connections that are open, those in a handshake included.",
+                &["direction", "protocol"],
+            )?,
+            connections: counters(
+                "connections_total",
+                "Connections that have ended, by cause.",
+                &["direction", "protocol", "cause"],
+            )?,
+            bytes,
+            moving,
+            peers: counters(
+                "peer_connections_total",
+                "Connections of each proven peer; those beyond telemetry.max_peers share spiffe_id other.",
+                &["direction", "spiffe_id"],
+            )?,
+            peer_names: Bounded::new(max_peers),
+            accept_errors: counters("accept_errors_total", "Failures to accept a connection, by kind.", &["kind"])?,
+            reloads: counters("config_reloads_total", "Reloads of the config, by result.", &["result"])?,
+            reloaded: gauge("config_last_reload_success_timestamp_seconds", "When the config in force was taken.")?,
+            chains: counters(
+                "tls_chain_memory_total",
+                "Certificate chains of peers that were remembered (hit) or verified anew (miss).",
+                &["result"],
+            )?,
+            process: Process {
+                resident: whole("process_resident_memory_bytes", "Resident memory.")?,
+                descriptors: whole("process_open_fds", "Open file descriptors.")?,
+                cpu: gauge("process_cpu_seconds", "CPU time used so far, user and system.")?,
+            },
+            counted: Mutex::default(),
+            chains_counted: Mutex::default(),
+            registry,
+        };
+        metrics.reloaded.set(unix_now());
+        metrics.begin_at_zero();
+        Ok(metrics)
+    }
+
+    fn begin_at_zero(&self) {
+        for direction in DIRECTIONS.map(Direction::as_str) {
+            self.handshakes.with_label_values(&[direction, "success", "none"]);
+            for reason in Reason::ALL {
+                self.handshakes.with_label_values(&[direction, "failure", reason.as_str()]);
+            }
+            for what in WEAK {
+                self.offered_weak.with_label_values(&[direction, what]);
+            }
+            for cause in Cause::ALL {
+                self.connections.with_label_values(&[direction, PROTOCOL, cause.as_str()]);
+            }
+            self.open.with_label_values(&[direction, PROTOCOL]);
+        }
+        for result in ["success", "refused"] {
+            self.svid_rotations.with_label_values(&[result]);
+        }
+        for result in ["success", "failure"] {
+            self.reloads.with_label_values(&[result]);
+        }
+        for kind in ["descriptors", "memory", "other"] {
+            self.accept_errors.with_label_values(&[kind]);
+        }
+        for result in ["hit", "miss"] {
+            self.chains.with_label_values(&[result]);
+        }
+        self.identity(&Current::default());
+    }
+
+    /// A handshake ended.
+    pub fn handshake(&self, record: &HandshakeRecord) {
+        let direction = record.direction.as_str();
+        match (&record.failure, &record.negotiated) {
+            (Some(failure), _) => {
+                self.handshakes.with_label_values(&[direction, "failure", failure.reason.as_str()]).inc();
+            }
+            (None, Some(n)) => {
+                self.handshakes.with_label_values(&[direction, "success", "none"]).inc();
+                let truth = |is: bool| if is { "true" } else { "false" };
+                self.handshake_duration
+                    .with_label_values(&[direction, n.version, n.cipher_suite, n.group, truth(n.resumed)])
+                    .observe(record.took.as_secs_f64());
+                let labels = [
+                    direction,
+                    n.version,
+                    n.cipher_suite,
+                    n.group,
+                    n.signature,
+                    n.peer_key.as_str(),
+                    truth(n.compliant),
+                ];
+                self.negotiated.with_label_values(&labels).inc();
+            }
+            (None, None) => {}
+        }
+        for what in &record.offered_weak {
+            self.offered_weak.with_label_values(&[direction, what]).inc();
+        }
+    }
+
+    /// A decision was made. What shadow rules say by themselves is counted beside it, in mode audit.
+    pub fn decision(&self, direction: Direction, decision: &Decision) {
+        let mode = match decision.mode {
+            PolicyMode::Enforce => "enforce",
+            PolicyMode::Audit => "audit",
+        };
+        self.count_decision(direction, &decision.rule, decision.verdict, mode);
+        if let Some((rule, verdict)) = &decision.audited {
+            self.count_decision(direction, rule, *verdict, "audit");
+        }
+    }
+
+    fn count_decision(&self, direction: Direction, rule: &str, verdict: Verdict, mode: &str) {
+        self.decisions.with_label_values(&[direction.as_str(), self.rules.label(rule), verdict.as_str(), mode]).inc();
+    }
+
+    /// A connection was accepted.
+    pub fn opened(&self, direction: Direction) {
+        self.open.with_label_values(&[direction.as_str(), PROTOCOL]).inc();
+    }
+
+    /// Bytes moved.
+    pub fn moved(&self, direction: Direction, sent: u64, received: u64) {
+        let [inbound, outbound] = &self.moving;
+        let [out, back] = match direction {
+            Direction::Inbound => inbound,
+            Direction::Outbound => outbound,
+        };
+        out.inc_by(sent);
+        back.inc_by(received);
+    }
+
+    /// A connection ended.
+    pub fn closed(&self, record: &ConnectionRecord) {
+        let direction = record.direction.as_str();
+        self.open.with_label_values(&[direction, PROTOCOL]).dec();
+        self.connections.with_label_values(&[direction, PROTOCOL, record.cause.as_str()]).inc();
+        if let Some(peer) = &record.peer {
+            self.peers.with_label_values(&[direction, self.peer_names.label(peer.as_str())]).inc();
+        }
+    }
+
+    /// Accepting failed.
+    pub fn accept_failed(&self, kind: &'static str) {
+        self.accept_errors.with_label_values(&[kind]).inc();
+    }
+
+    /// The config was reloaded, or could not be.
+    pub fn reloaded(&self, success: bool) {
+        self.reloads.with_label_values(&[if success { "success" } else { "failure" }]).inc();
+        if success {
+            self.reloaded.set(unix_now());
+        }
+    }
+
+    /// The identity or its state changed.
+    pub fn identity(&self, current: &Current) {
+        let states = [
+            (SvidState::Absent, "absent"),
+            (SvidState::Fresh, "fresh"),
+            (SvidState::Stale, "stale"),
+            (SvidState::Expired, "expired"),
+        ];
+        for (state, name) in states {
+            self.svid_state.with_label_values(&[name]).set(i64::from(current.state == state));
+        }
+        self.svid_overdue.set(i64::from(current.rotation_overdue));
+        self.source_up.set(i64::from(current.source_reachable));
+        self.svid_expiry.set(current.not_after.unwrap_or(0) as f64);
+        {
+            let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+            let more = |now: u64, before: u64| now.saturating_sub(before);
+            let (success, refused) = (&["success"], &["refused"]);
+            self.svid_rotations.with_label_values(success).inc_by(more(current.counters.rotations, counted.rotations));
+            self.svid_rotations.with_label_values(refused).inc_by(more(current.counters.refused, counted.refused));
+            *counted = current.counters;
+        }
+        let Some(identity) = &current.identity else { return };
+        let mut known = self.bundle_domains.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut now = BTreeSet::new();
+        for (domain, authorities) in identity.bundles.iter().take(MOST_NAMES) {
+            let last = authorities.iter().map(|authority| authority.not_after).max().unwrap_or(0);
+            self.bundle_expiry.with_label_values(&[domain.as_str()]).set(last as f64);
+            now.insert(domain.as_str().to_owned());
+        }
+        for gone in known.difference(&now) {
+            let _ = self.bundle_expiry.remove_label_values(&[gone.as_str()]);
+        }
+        *known = now;
+    }
+
+    /// The chain memory's own counts, which begin anew with each generation of trust.
+    pub fn chain_memory(&self, counts: (u64, u64)) {
+        let mut counted = self.chains_counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = if counts.0 < counted.0 || counts.1 < counted.1 { (0, 0) } else { *counted };
+        self.chains.with_label_values(&["hit"]).inc_by(counts.0 - before.0);
+        self.chains.with_label_values(&["miss"]).inc_by(counts.1 - before.1);
+        *counted = counts;
+    }
+
+    /// The text for `/metrics` and its content type.
+    pub fn render(&self) -> (&'static str, String) {
+        self.process.refresh();
+        let families = self.registry.gather();
+        let text = TextEncoder::new().encode_to_string(&families).unwrap_or_default();
+        ("text/plain; version=0.0.4; charset=utf-8", text)
+    }
+}
+
+impl Process {
+    /// Reads our own figures of /proc; a kernel that does not tell leaves the last ones.
+    fn refresh(&self) {
+        let page = i64::try_from(rustix::param::page_size()).unwrap_or(4096);
+        if let Ok(text) = std::fs::read_to_string("/proc/self/statm")
+            && let Some(pages) = text.split(' ').nth(1).and_then(|pages| pages.parse::<i64>().ok())
+        {
+            self.resident.set(pages.saturating_mul(page));
+        }
+        if let Ok(entries) = std::fs::read_dir("/proc/self/fd") {
+            self.descriptors.set(i64::try_from(entries.count()).unwrap_or(i64::MAX));
+        }
+        let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        self.cpu.set(used.tv_sec as f64 + used.tv_nsec as f64 / 1e9);
+    }
+}
+
+fn unix_now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::{KeyType, SpiffeId};
+    use crate::tls::record::{Failure, Negotiated};
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    fn labels() -> Labels {
+        Labels { service_name: "records".into(), environment: "test".into(), domain: "clinical".into() }
+    }
+
+    fn negotiated() -> Negotiated {
+        Negotiated {
+            version: "TLSv1.3",
+            cipher_suite: "TLS_AES_256_GCM_SHA384",
+            group: "X25519MLKEM768",
+            signature: "ecdsa_secp384r1_sha384",
+            peer_key: KeyType::P384,
+            resumed: false,
+            compliant: true,
+        }
+    }
+
+    fn ended(peer: &str) -> ConnectionRecord {
+        ConnectionRecord {
+            listener: "api".into(),
+            direction: Direction::Inbound,
+            client: "127.0.0.1:1".into(),
+            upstream: None,
+            peer: Some(SpiffeId::parse(peer).unwrap()),
+            local: None,
+            rule: None,
+            tls: Some(negotiated()),
+            handshake_failure: None,
+            bytes_sent: 0,
+            bytes_received: 0,
+            duration: Duration::ZERO,
+            cause: Cause::Done,
+            detail: String::new(),
+        }
+    }
+
+    #[test]
+    fn series_stay_bounded_whoever_calls_and_whatever_rules_are_called() {
+        let metrics = Metrics::new(&labels(), 100, false).unwrap();
+        for n in 0..50_000 {
+            metrics.opened(Direction::Inbound);
+            metrics.closed(&ended(&format!("spiffe://td{}.example/w/{n}", n % 1000)));
+            let decision = Decision {
+                verdict: Verdict::Allow,
+                rule: Arc::from(format!("rule-{n}").as_str()),
+                mode: PolicyMode::Enforce,
+                audited: None,
+            };
+            metrics.decision(Direction::Inbound, &decision);
+        }
+        let (_, text) = metrics.render();
+        let series = |name: &str| text.lines().filter(|line| line.starts_with(name)).count();
+        assert_eq!(series("portcullis_peer_connections_total{"), 101);
+        assert_eq!(series("portcullis_authorization_decisions_total{"), MOST_NAMES + 1);
+        assert!(text.lines().count() < 1500, "{}", text.lines().count());
+        assert!(text.contains("spiffe_id=\"other\"} 49900"));
+    }
+
+    #[test]
+    fn handshakes_are_counted_by_what_came_of_them() {
+        let metrics = Metrics::new(&labels(), 10, false).unwrap();
+        let mut record = HandshakeRecord {
+            direction: Direction::Inbound,
+            took: Duration::from_micros(700),
+            computing: Duration::from_micros(300),
+            negotiated: Some(negotiated()),
+            peer: None,
+            claimed: None,
+            failure: None,
+            offered_weak: vec!["3DES"],
+        };
+        metrics.handshake(&record);
+        record.negotiated = None;
+        record.failure = Some(Failure::new(Reason::Expired, "7 s ago"));
+        metrics.handshake(&record);
+        let (_, text) = metrics.render();
+        let value = |start: &str, has: &[&str]| {
+            let line = text.lines().find(|l| l.starts_with(start) && has.iter().all(|h| l.contains(h))).unwrap();
+            line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
+        };
+        assert_eq!(value("portcullis_tls_handshakes_total", &["inbound", "reason=\"expired\""]), 1.0);
+        assert_eq!(value("portcullis_tls_handshakes_total", &["inbound", "success"]), 1.0);
+        assert_eq!(value("portcullis_tls_offered_weak_total", &["inbound", "3DES"]), 2.0);
+        assert_eq!(value("portcullis_tls_handshake_duration_seconds_bucket", &["le=\"0.00075\""]), 1.0);
+        assert_eq!(value("portcullis_tls_handshake_duration_seconds_bucket", &["le=\"0.0005\""]), 0.0);
+        assert!(text.contains("service_name=\"records\""));
+    }
+}

@@ -1,0 +1,348 @@
+//! Starts the real binary and talks to it: what every end-to-end test stands on.
+//!
+//! States are waited for where they are told (log lines, `/state`, `/metrics`), never slept for.
+#![allow(dead_code)]
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::process::{Child, Command};
+use tokio::sync::{mpsc, watch};
+
+use crate::testing::{Issued, Spec, TestCa};
+
+/// How long anything may take before a test gives up on it.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits for something that should happen soon; a test that hangs says where.
+pub async fn soon<F: Future>(what: &str, future: F) -> F::Output {
+    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("timed out: {what}"))
+}
+
+/// Asks again until the answer is there.
+pub async fn until<T, F, Fut>(what: &str, mut ask: F) -> T
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = Option<T>>,
+{
+    soon(what, async {
+        let mut tick = tokio::time::interval(Duration::from_millis(20));
+        loop {
+            tick.tick().await;
+            if let Some(answer) = ask().await {
+                return answer;
+            }
+        }
+    })
+    .await
+}
+
+/// The program under test.
+pub fn program() -> &'static str {
+    env!("CARGO_BIN_EXE_portcullis")
+}
+
+/// A path that `tests/setup` has written down, or the program's plain name.
+pub fn tool(variable: &str, plain: &str) -> PathBuf {
+    std::env::var_os(variable).map_or_else(|| plain.into(), PathBuf::from)
+}
+
+/// A program that runs beside a test and is ended with it; its lines can be waited for.
+pub struct Running {
+    pub child: Child,
+    lines: mpsc::UnboundedReceiver<String>,
+    /// All lines so far, for messages.
+    pub said: Vec<String>,
+}
+
+impl Running {
+    pub fn start(command: &mut Command) -> Self {
+        let name = format!("{command:?}");
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
+        let (tell, lines) = mpsc::unbounded_channel();
+        let streams: [Box<dyn tokio::io::AsyncRead + Send + Unpin>; 2] =
+            [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+        for stream in streams {
+            let tell = tell.clone();
+            tokio::spawn(async move {
+                let mut lines = BufReader::new(stream).lines();
+                while let Ok(Some(line)) = lines.next_line().await {
+                    if tell.send(line).is_err() {
+                        // Nobody listens any more, but the pipe must not fill up.
+                    }
+                }
+            });
+        }
+        Self { child, lines, said: Vec::new() }
+    }
+
+    /// Waits for a line for which `pick` has an answer.
+    pub async fn line<T>(&mut self, what: &str, pick: impl Fn(&str) -> Option<T>) -> T {
+        let found = tokio::time::timeout(PATIENCE, async {
+            while let Some(line) = self.lines.recv().await {
+                let picked = pick(&line);
+                self.said.push(line);
+                if let Some(picked) = picked {
+                    return Some(picked);
+                }
+            }
+            None
+        })
+        .await;
+        match found {
+            Ok(Some(found)) => found,
+            _ => panic!("no line that tells: {what}; said so far:\n{}", self.said.join("\n")),
+        }
+    }
+
+    /// Takes in what has been said up to now.
+    pub fn heard(&mut self) -> &[String] {
+        while let Ok(line) = self.lines.try_recv() {
+            self.said.push(line);
+        }
+        &self.said
+    }
+
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(i32::try_from(self.child.id().unwrap()).unwrap()).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    pub async fn wait(&mut self) -> ExitStatus {
+        soon("the program to end", self.child.wait()).await.unwrap()
+    }
+}
+
+/// A proxy that runs.
+pub struct Proxy {
+    pub running: Running,
+    pub admin: SocketAddr,
+    pub config: PathBuf,
+}
+
+impl Proxy {
+    /// Starts `run` with this config (an `admin:` with port 0 is added) and waits until the admin server answers.
+    pub async fn start(dir: &Path, name: &str, config: &str) -> Self {
+        Self::start_with(dir, name, config, |_| ()).await
+    }
+
+    pub async fn start_with(dir: &Path, name: &str, config: &str, change: impl FnOnce(&mut Command)) -> Self {
+        let path = dir.join(format!("{name}.yaml"));
+        std::fs::write(&path, with_admin(config)).unwrap();
+        let mut command = Command::new(program());
+        command.arg("run").arg("--config").arg(&path);
+        change(&mut command);
+        let mut running = Running::start(&mut command);
+        let admin = running.line("the admin address", |line| field(line, "admin")?.parse().ok()).await;
+        Self { running, admin, config: path }
+    }
+
+    /// Writes another config in place of the one in use, as an editor would, by renaming.
+    pub fn rewrite(&self, config: &str) {
+        let next = self.config.with_extension("next");
+        std::fs::write(&next, with_admin(config)).unwrap();
+        std::fs::rename(next, &self.config).unwrap();
+    }
+
+    /// Waits until `/readyz` says yes.
+    pub async fn ready(&self) {
+        until("readiness", || async { (self.get("/readyz").await.0 == 200).then_some(()) }).await;
+    }
+
+    pub async fn get(&self, path: &str) -> (u16, String) {
+        get(self.admin, path).await.unwrap_or((0, String::new()))
+    }
+
+    pub async fn state(&self) -> serde_json::Value {
+        serde_json::from_str(&self.get("/state").await.1).unwrap()
+    }
+
+    pub async fn metrics(&self) -> Metrics {
+        Metrics::parse(&self.get("/metrics").await.1)
+    }
+
+    /// Waits until the sum of the matching series reaches `least`.
+    pub async fn metric_reaches(&self, name: &str, labels: &[(&str, &str)], least: f64) {
+        until(&format!("{name}{labels:?} >= {least}"), || async {
+            (self.metrics().await.sum(name, labels) >= least).then_some(())
+        })
+        .await;
+    }
+
+    /// The real address of a listener.
+    pub async fn address(&self, listener: &str) -> SocketAddr {
+        let state = self.state().await;
+        let listeners = state["listeners"].as_array().unwrap();
+        let found = listeners.iter().find(|l| l["name"] == listener).unwrap_or_else(|| panic!("{state}"));
+        found["address"].as_str().unwrap().parse().unwrap()
+    }
+
+    /// Asks it to stop and waits for that.
+    pub async fn stop(mut self) -> ExitStatus {
+        self.running.signal(rustix::process::Signal::TERM);
+        self.running.wait().await
+    }
+}
+
+fn with_admin(config: &str) -> String {
+    let admin = if config.contains("\nadmin:") { "" } else { "\nadmin: { listen: 127.0.0.1:0 }\n" };
+    format!("{config}{admin}")
+}
+
+/// A field of a JSON log line.
+pub fn field(line: &str, name: &str) -> Option<String> {
+    let value: serde_json::Value = serde_json::from_str(line).ok()?;
+    let found = value.get(name).or_else(|| value.get("fields").and_then(|fields| fields.get(name)))?;
+    Some(found.as_str().map_or_else(|| found.to_string(), str::to_owned))
+}
+
+/// A plain HTTP/1.0 request: status and body.
+pub async fn get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: admin\r\n\r\n").as_bytes()).await?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await?;
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    Ok((status, body.to_owned()))
+}
+
+/// What `/metrics` said.
+#[derive(Debug, Default)]
+pub struct Metrics(Vec<(String, BTreeMap<String, String>, f64)>);
+
+impl Metrics {
+    pub fn parse(text: &str) -> Self {
+        let series = text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).filter_map(|line| {
+            let (head, value) = line.rsplit_once(' ')?;
+            let (name, labels) = head.split_once('{').unwrap_or((head, ""));
+            let mut found = BTreeMap::new();
+            for pair in labels.trim_end_matches('}').split("\",").filter(|pair| !pair.is_empty()) {
+                let (key, value) = pair.split_once("=\"")?;
+                found.insert(key.to_owned(), value.trim_end_matches('"').to_owned());
+            }
+            Some((name.to_owned(), found, value.parse().ok()?))
+        });
+        Self(series.collect())
+    }
+
+    /// The sum of all series of that name that carry these labels.
+    pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        self.matching(name, labels).map(|(_, value)| value).sum()
+    }
+
+    pub fn matching<'a>(
+        &'a self,
+        name: &'a str,
+        labels: &'a [(&'a str, &'a str)],
+    ) -> impl Iterator<Item = (&'a BTreeMap<String, String>, f64)> {
+        self.0
+            .iter()
+            .filter(move |(found, have, _)| {
+                found == name && labels.iter().all(|(key, value)| have.get(*key).is_some_and(|v| v == value))
+            })
+            .map(|(_, labels, value)| (labels, *value))
+    }
+
+    pub fn series(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// Writes an identity as PEM files and answers the `identity:` part of a config.
+pub fn identity_files(dir: &Path, name: &str, own: &Issued, bundles: &[(&str, String)]) -> String {
+    let write = |file: String, text: &str| {
+        let path = dir.join(file);
+        let next = path.with_extension("next");
+        std::fs::write(&next, text).unwrap();
+        let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(&next, private).unwrap();
+        std::fs::rename(&next, &path).unwrap();
+        path.display().to_string()
+    };
+    let certificate = write(format!("{name}.crt"), &own.chain_pem());
+    let key = write(format!("{name}.key"), &own.key_pem());
+    let bundles: String = bundles
+        .iter()
+        .map(|(domain, pem)| format!("      {domain}: {}\n", write(format!("{name}.{domain}.pem"), pem)))
+        .collect();
+    format!("identity:\n  files:\n    certificate: {certificate}\n    key: {key}\n    bundles:\n{bundles}")
+}
+
+/// A trust domain for a test: an authority, a folder, and SVIDs written where a proxy reads them.
+pub struct Domain {
+    pub ca: TestCa,
+    pub dir: tempfile::TempDir,
+}
+
+impl Domain {
+    pub fn new(name: &str) -> Self {
+        Self { ca: TestCa::new(name), dir: tempfile::tempdir().unwrap() }
+    }
+
+    pub fn id(&self, path: &str) -> String {
+        format!("spiffe://{}{path}", self.ca.domain())
+    }
+
+    /// The `identity:` part for an SVID with this path, which also carries the DNS name localhost.
+    pub fn identity(&self, path: &str) -> String {
+        let own = self.ca.issue(&Spec::leaf(self.id(path)).dns("localhost"));
+        identity_files(self.dir.path(), path.trim_matches('/'), &own, &[(self.ca.domain(), self.ca.pem())])
+    }
+
+    /// Files for programs that take PEM: certificate, key, authority.
+    pub fn files(&self, name: &str, own: &Issued) -> [PathBuf; 3] {
+        identity_files(self.dir.path(), name, own, &[(self.ca.domain(), self.ca.pem())]);
+        let path = |end: String| self.dir.path().join(format!("{name}.{end}"));
+        [path("crt".into()), path("key".into()), path(format!("{}.pem", self.ca.domain()))]
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+/// An echo server; counts its connections.
+pub struct Echo {
+    pub address: SocketAddr,
+    pub accepted: watch::Receiver<usize>,
+}
+
+pub async fn echo() -> Echo {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (count, accepted) = watch::channel(0);
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            count.send_modify(|count| *count += 1);
+            tokio::spawn(async move {
+                let (mut read, mut write) = stream.split();
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+                let _ = write.shutdown().await;
+            });
+        }
+    });
+    Echo { address, accepted }
+}
+
+/// Sends and expects the same back.
+pub async fn exchange(stream: &mut TcpStream, text: &[u8]) -> std::io::Result<()> {
+    stream.write_all(text).await?;
+    let mut back = vec![0; text.len()];
+    soon("an echo", stream.read_exact(&mut back)).await?;
+    assert_eq!(back, text);
+    Ok(())
+}

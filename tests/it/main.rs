@@ -1,0 +1,10 @@
+//! End-to-end tests: the real binary, real sockets, and peers that nobody here wrote.
+//!
+//! `tests/run` sets up what they need and runs them all.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod harness;
+#[path = "../../src/testing.rs"]
+mod testing;
+
+mod basics;
