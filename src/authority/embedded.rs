@@ -1,5 +1,6 @@
 //! The embedded authority as a source of identities for our own proxy: nothing to set up, nothing over a wire.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -8,9 +9,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::federation::{self, Federated, Place};
 use super::{Authority, AuthorityError, IssuedSvid, Options, Published, SvidRequest};
 use crate::clock::Clock;
 use crate::config::schema::EmbeddedIdentity;
+use crate::identity::TrustDomain;
 use crate::identity::source::{Event, Source, Update};
 
 /// How often the authority is asked whether the time of day wants something, and after how long a failure is tried
@@ -28,6 +31,9 @@ pub struct EmbeddedSource {
     yielded: u64,
     /// Not before this moment after a failure.
     retry: Option<Instant>,
+    /// Foreign trust domains, and the tasks that keep them up to date, which run from the first call of `next` on.
+    places: BTreeMap<TrustDomain, Place>,
+    federated: Option<Federated>,
 }
 
 impl EmbeddedSource {
@@ -38,7 +44,16 @@ impl EmbeddedSource {
     pub fn new(authority: Authority, request: SvidRequest) -> Result<Self, AuthorityError> {
         authority.check_request(&request)?;
         let published = authority.subscribe();
-        Ok(Self { authority, request, published, current: None, yielded: 0, retry: None })
+        Ok(Self {
+            authority,
+            request,
+            published,
+            current: None,
+            yielded: 0,
+            retry: None,
+            places: BTreeMap::new(),
+            federated: None,
+        })
     }
 
     /// Opens the authority that a config declares and makes a source for its one ID.
@@ -49,8 +64,16 @@ impl EmbeddedSource {
         let mut options = Options::new(config.spiffe_id.trust_domain());
         options.svid_ttl = config.svid_ttl.0;
         options.state_dir.clone_from(&config.state_dir);
+        let places = config
+            .federates_with
+            .iter()
+            .map(|(domain, text)| Ok((domain.clone(), Place::parse(text)?)))
+            .collect::<Result<BTreeMap<_, _>, String>>()
+            .map_err(|why| AuthorityError::Invalid(format!("federates_with: {why}")))?;
         let authority = Authority::open(options, clock)?;
-        Self::new(authority, SvidRequest::new(config.spiffe_id.clone()))
+        federation::load_files(&authority, &places);
+        let source = Self::new(authority, SvidRequest::new(config.spiffe_id.clone()))?;
+        Ok(Self { places, ..source })
     }
 
     /// The authority behind it, for rotation by hand.
@@ -112,6 +135,9 @@ impl Source for EmbeddedSource {
 
     fn next(&mut self) -> Pin<Box<dyn Future<Output = Event> + Send + '_>> {
         Box::pin(async move {
+            if self.federated.is_none() && !self.places.is_empty() {
+                self.federated = Some(federation::watch(&self.authority, &self.places));
+            }
             loop {
                 match self.step() {
                     Ok(event) => return event,

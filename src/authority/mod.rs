@@ -5,10 +5,16 @@
 //! standard SPIFFE Workload API for everybody else ([`server`]). Keys are P-384; CA keys lie in memory or in one file
 //! that only we may read, SVID keys in memory only.
 
+pub mod attest;
 pub mod bundle_document;
 pub mod ca;
+pub mod config;
 pub mod embedded;
+pub mod federation;
+mod serve;
+pub mod server;
 mod state;
+mod streams;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -21,7 +27,10 @@ use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 pub use ca::SvidKey;
+pub use config::AuthorityConfig;
 pub use embedded::EmbeddedSource;
+pub use serve::{ServeError, serve};
+pub use server::WorkloadApiServer;
 
 use bundle_document::BundleDocument;
 use ca::{CaId, LeafRequest};
@@ -74,7 +83,7 @@ impl std::fmt::Display for AuthorityError {
 impl std::error::Error for AuthorityError {}
 
 /// What an authority is made with.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// The trust domain whose authority it is.
     pub trust_domain: TrustDomain,
@@ -115,6 +124,40 @@ impl Options {
                 humantime::format_duration(self.ca_ttl),
                 humantime::format_duration(self.svid_ttl)
             )));
+        }
+        Ok(())
+    }
+
+    /// Whether an authority with these options could fulfil a request.
+    ///
+    /// # Errors
+    /// [`AuthorityError::Invalid`] with the reason.
+    pub fn check_request(&self, request: &SvidRequest) -> Result<(), AuthorityError> {
+        let domain = self.trust_domain.as_str();
+        if request.id.trust_domain_name() != domain {
+            return Err(AuthorityError::Invalid(format!("{} is not of trust domain '{domain}'", request.id)));
+        }
+        if request.id.path().is_empty() {
+            return Err(AuthorityError::Invalid(format!("{} has no path, so it names no workload", request.id)));
+        }
+        if request.dns_names.len() > MAX_DNS_NAMES {
+            return Err(AuthorityError::Invalid(format!("more than {MAX_DNS_NAMES} DNS names for {}", request.id)));
+        }
+        for name in &request.dns_names {
+            let host = name.strip_prefix("*.").unwrap_or(name);
+            if rustls::pki_types::DnsName::try_from(host).is_err() {
+                return Err(AuthorityError::Invalid(format!("'{}' is not a DNS name", name.escape_debug())));
+            }
+        }
+        if let Some(ttl) = request.ttl {
+            check_ttl(ttl)?;
+            if ttl.saturating_mul(2) > self.ca_ttl {
+                return Err(AuthorityError::Invalid(format!(
+                    "the ttl of {} ({}) is longer than half of ca_ttl",
+                    request.id,
+                    humantime::format_duration(ttl)
+                )));
+            }
         }
         Ok(())
     }
@@ -378,33 +421,7 @@ impl Authority {
     /// # Errors
     /// [`AuthorityError::Invalid`] with the reason.
     pub fn check_request(&self, request: &SvidRequest) -> Result<(), AuthorityError> {
-        let domain = self.trust_domain().as_str();
-        if request.id.trust_domain_name() != domain {
-            return Err(AuthorityError::Invalid(format!("{} is not of trust domain '{domain}'", request.id)));
-        }
-        if request.id.path().is_empty() {
-            return Err(AuthorityError::Invalid(format!("{} has no path, so it names no workload", request.id)));
-        }
-        if request.dns_names.len() > MAX_DNS_NAMES {
-            return Err(AuthorityError::Invalid(format!("more than {MAX_DNS_NAMES} DNS names for {}", request.id)));
-        }
-        for name in &request.dns_names {
-            let host = name.strip_prefix("*.").unwrap_or(name);
-            if rustls::pki_types::DnsName::try_from(host).is_err() {
-                return Err(AuthorityError::Invalid(format!("'{}' is not a DNS name", name.escape_debug())));
-            }
-        }
-        if let Some(ttl) = request.ttl {
-            check_ttl(ttl)?;
-            if ttl.saturating_mul(2) > self.0.options.ca_ttl {
-                return Err(AuthorityError::Invalid(format!(
-                    "the ttl of {} ({}) is longer than half of ca_ttl",
-                    request.id,
-                    humantime::format_duration(ttl)
-                )));
-            }
-        }
-        Ok(())
+        self.0.options.check_request(request)
     }
 
     /// Does what the time of day asks for: takes over what another process of the same state directory has changed,

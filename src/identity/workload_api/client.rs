@@ -32,17 +32,17 @@ use crate::identity::source::{Event, Source, Update};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Timing {
     /// Opening the socket.
-    connect: Duration,
+    pub(super) connect: Duration,
     /// From the open socket to the first message.
-    first_message: Duration,
+    pub(super) first_message: Duration,
     /// Between pings. Just above the five minutes that gRPC servers in Go allow at the most often.
-    ping_interval: Duration,
+    pub(super) ping_interval: Duration,
     /// From a ping to its answer.
-    ping_timeout: Duration,
+    pub(super) ping_timeout: Duration,
     /// Bounds of the pause between attempts.
-    backoff: (Duration, Duration),
+    pub(super) backoff: (Duration, Duration),
     /// The least pause between two times of asking again for an overdue SVID.
-    ask_again: Duration,
+    pub(super) ask_again: Duration,
 }
 
 impl Default for Timing {
@@ -256,7 +256,7 @@ impl Session {
             .max_header_list_size(16 * 1024)
             .handshake(TokioIo::new(io))
             .await
-            .map_err(|e| format!("the agent does not speak HTTP/2: {}", chain(&e)))?;
+            .map_err(|e| broke(&chain(&e)))?;
         let origin = origin.parse().map_err(|e| format!("{e}"))?;
         let (told, failure) = tokio::sync::oneshot::channel();
         let driver = AbortOnDrop(tokio::spawn(async move {
@@ -310,13 +310,17 @@ impl Connection {
                 // It follows the status within moments, if it is what killed the stream.
                 let told = tokio::time::timeout(Duration::from_millis(100), &mut self.failure).await;
                 if let Ok(Ok(failure)) = told {
-                    return End::Unavailable(format!("the connection broke: {failure}; is the agent being restarted?"));
+                    return End::Unavailable(broke(&failure));
                 }
             }
             _ => {}
         }
         End::Unavailable(format!("the agent answered {:?}: {}", status.code(), status.message()))
     }
+}
+
+fn broke(why: &str) -> String {
+    format!("the connection broke: {why}; is the agent being restarted, or is this another program's socket?")
 }
 
 /// An error with what caused it; hyper's own words end where it becomes interesting.

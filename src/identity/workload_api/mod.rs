@@ -22,3 +22,6 @@ pub const MAX_SVIDS: usize = 100;
 pub const MAX_BUNDLES: usize = crate::identity::bundle::MAX_TRUST_DOMAINS;
 /// The most revocation lists that are accepted in one message.
 pub const MAX_CRLS: usize = 256;
+
+#[cfg(test)]
+mod tests;
