@@ -1,7 +1,15 @@
 //! End-to-end tests: the real binary, real sockets, and peers that nobody here wrote.
 //!
 //! `tests/run` sets up what they need and runs them all.
-#![allow(missing_docs, unreachable_pub, clippy::print_stderr, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 
 mod harness;
 #[path = "../../src/testing.rs"]
