@@ -62,7 +62,7 @@ pub enum AuthorityError {
     Invalid(String),
     /// The active CA's life is over, and no other could be made.
     CaExpired,
-    /// [`AuthorityError::NothingPrepared`]: there is no CA that could take over.
+    /// There is no prepared CA that could take over.
     NothingPrepared,
     /// More CAs are published than is allowed; retire some.
     TooManyCas,
@@ -255,9 +255,10 @@ impl IssuedSvid {
     }
 
     /// Whether it is to be replaced. The wall clock is asked as well, because the monotonic one stands still while a
-    /// machine sleeps.
+    /// machine sleeps, and because a clock that was set back makes it one that is not valid yet.
     pub fn due(&self, now: u64) -> bool {
         Instant::now() >= self.renew_at()
+            || now.saturating_add(ca::BACKDATE) < self.issued_wall
             || now.saturating_sub(self.issued_wall) > self.renew_after.as_secs().saturating_add(1)
     }
 }
@@ -328,15 +329,21 @@ impl Authority {
             None => (CaSet::new(&options.trust_domain, now, options.ca_ttl, ttl)?, None),
             Some(dir) => {
                 let _lock = dir.lock()?;
-                let mut set = match dir.load(&options.trust_domain)? {
-                    Some(set) => set,
-                    None => CaSet::new(&options.trust_domain, now, options.ca_ttl, ttl)?,
+                let (mut set, mut changed) = match dir.load(&options.trust_domain)? {
+                    Some(set) => (set, false),
+                    None => (CaSet::new(&options.trust_domain, now, options.ca_ttl, ttl)?, true),
                 };
-                set.longest_ttl = set.longest_ttl.max(ttl);
+                if set.longest_ttl < ttl {
+                    set.longest_ttl = ttl;
+                    changed = true;
+                }
                 if set.advance(&options.trust_domain, now, options.ca_ttl)? {
                     set.sequence = set.sequence.saturating_add(1);
+                    changed = true;
                 }
-                dir.save(&options.trust_domain, &set)?;
+                if changed {
+                    dir.save(&options.trust_domain, &set)?;
+                }
                 (set, dir.mark())
             }
         };
@@ -449,6 +456,16 @@ impl Authority {
             return Ok(());
         }
         self.change(|set, now| set.advance(&shared.options.trust_domain, now, shared.options.ca_ttl))
+    }
+
+    /// Calls [`Authority::maintain`] every second, for ever, and logs what goes wrong.
+    pub async fn upkeep(&self) {
+        loop {
+            if let Err(error) = self.maintain() {
+                tracing::warn!(%error, "the CA cannot be maintained");
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
     }
 
     /// Publishes a new CA that does not sign yet.
