@@ -1,6 +1,7 @@
 use super::*;
 use crate::clock::SteppedClock;
 use crate::config::schema::{EmbeddedIdentity, Span};
+use crate::identity::SpiffeId;
 use crate::identity::source::{Event, Source, Update};
 
 const NOW: u64 = 1_800_000_000;
