@@ -4,9 +4,9 @@
 //! holds up a connection. One event is one line, whatever texts of others it holds.
 
 use std::io::{self, IsTerminal, Write};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use tracing::Dispatch;
@@ -19,6 +19,14 @@ use crate::config::schema::{LogFormat, Telemetry};
 const QUEUE: usize = 4096;
 /// The longest that [`Log::flush`] waits.
 const FLUSH: Duration = Duration::from_secs(1);
+
+/// A process has one log, and every proxy in it tells of its losses.
+static LOST: OnceLock<Arc<AtomicU64>> = OnceLock::new();
+
+/// How many lines the process's log has lost so far because stderr was too slow; none without a log.
+pub(super) fn lines_lost() -> Option<u64> {
+    LOST.get().map(|lost| lost.load(Ordering::Relaxed))
+}
 
 enum Message {
     Line(Vec<u8>),
@@ -147,7 +155,6 @@ fn dispatch(filter: reload::Layer<EnvFilter, Registry>, lines: Lines) -> Dispatc
 pub struct Log {
     filter: reload::Handle<EnvFilter, Registry>,
     queue: SyncSender<Message>,
-    lost: Arc<AtomicU64>,
 }
 
 impl std::fmt::Debug for Log {
@@ -173,12 +180,8 @@ impl Log {
             .name("log".into())
             .spawn(move || write_all(&waiting, &counted, form, io::stderr()))
             .map_err(|error| format!("the log's thread cannot be started: {error}"))?;
-        Ok(Self { filter: handle, queue, lost })
-    }
-
-    /// How many lines were lost so far because stderr was too slow.
-    pub fn lost(&self) -> u64 {
-        self.lost.load(Ordering::Relaxed)
+        let _ = LOST.set(lost);
+        Ok(Self { filter: handle, queue })
     }
 
     /// Takes the level of a changed config.

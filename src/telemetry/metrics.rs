@@ -415,7 +415,7 @@ impl Metrics {
     }
 
     /// How many log lines were lost since the start, all together. There is no series before the first call.
-    pub fn log_lines_lost(&self, all: u64) {
+    fn log_lines_lost(&self, all: u64) {
         let none: &[&str] = &[];
         let mut counted = self.lines_counted.lock().unwrap_or_else(PoisonError::into_inner);
         self.log_lines_lost.with_label_values(none).inc_by(all.saturating_sub(*counted));
@@ -425,6 +425,9 @@ impl Metrics {
     /// The text for `/metrics` and its content type.
     pub fn render(&self) -> (&'static str, String) {
         self.process.refresh();
+        if let Some(lost) = super::log::lines_lost() {
+            self.log_lines_lost(lost);
+        }
         let families = self.registry.gather();
         let text = TextEncoder::new().encode_to_string(&families).unwrap_or_default();
         ("text/plain; version=0.0.4; charset=utf-8", text)
