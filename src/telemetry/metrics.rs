@@ -1,7 +1,7 @@
 //! The metrics, on the `prometheus` crate; nothing outside this file knows which crate it is.
 //!
 //! Names and labels are those users alert on: see ARCHITECTURE.md. Every label value comes out of a closed set, out of the
-//! config, or out of a set with a cap of its own ([`Places`]).
+//! config, or out of a set with a cap of its own (`Places`).
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
