@@ -103,6 +103,11 @@ async fn show(args: &DemoArgs, screen: &mut Screen<'_>, traffic: &Handle) -> Out
         screen.tell(tone, "stopped", &what).map_err(unread)?;
     }
     world.drain().await;
+    outcome_of(verdict)
+}
+
+/// Success only if nothing is missing.
+fn outcome_of(verdict: Result<(), Vec<&'static str>>) -> Outcome {
     verdict.map(|()| ExitCode::SUCCESS).map_err(|missing| {
         let lines: Vec<_> = missing.iter().map(|what| format!("portcullis: demo: not seen: {what}")).collect();
         Failure { code: 1, message: lines.join("\n") }
@@ -124,7 +129,7 @@ async fn tell(args: &DemoArgs, screen: &mut Screen<'_>, traffic: &Handle) -> Res
     screen.chapter("An authority").map_err(unread)?;
     let authority = world::open(DOMAIN, life, Clock::system()).map_err(Failure::new)?;
     let ca = authority.subscribe().borrow().active_ca().unwrap_or_default().to_owned();
-    let what = format!("CA {} for spiffe://{DOMAIN}, ECDSA P-384, its key in memory only", short(&ca));
+    let what = format!("CA {} for spiffe://{DOMAIN}, P-384, key in memory only", short(&ca));
     screen.tell(Tone::Plain, "authority", &what).map_err(unread)?;
     let world = Arc::new(World::start(authority, life, traffic).await.map_err(Failure::new)?);
     let mut story = Story { screen, ledger: &mut ledger, world: Arc::clone(&world), total, frontend: None };

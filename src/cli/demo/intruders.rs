@@ -102,17 +102,16 @@ fn client(roots: &[CertificateDer<'static>], own: Option<&IssuedSvid>) -> Result
 
 /// A ClientHello by RFC 5246, section 7.4.1.2, in one record.
 fn old_hello() -> Vec<u8> {
-    let versions = [0x0303_u16, 0x0302, 0x0301].map(u16::to_be_bytes).concat();
-    let mut extension = vec![0, 43, 0, 7, 6];
-    extension.extend(versions);
+    // supported_versions: TLS 1.2, 1.1, 1.0; signature_algorithms: rsa_pkcs1_sha1, ecdsa_sha1.
+    let extensions = [0, 43, 0, 7, 6, 3, 3, 3, 2, 3, 1, 0, 13, 0, 6, 0, 4, 2, 1, 2, 3];
     let mut body = vec![0x03, 0x03];
     body.extend([0x5a; 32]);
     body.push(0);
     body.extend([0, 2]);
     body.extend(TRIPLE_DES.to_be_bytes());
     body.extend([1, 0]);
-    body.extend(u16::try_from(extension.len()).unwrap_or(0).to_be_bytes());
-    body.extend(extension);
+    body.extend(u16::try_from(extensions.len()).unwrap_or(0).to_be_bytes());
+    body.extend(extensions);
     let framed = |mut head: Vec<u8>, body: Vec<u8>| {
         head.extend(u16::try_from(body.len()).unwrap_or(0).to_be_bytes());
         head.extend(body);

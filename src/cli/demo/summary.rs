@@ -94,7 +94,7 @@ const ROWS: [&str; 9] = [
 fn list(counts: &BTreeMap<String, u64>) -> String {
     match counts.len() {
         1 => counts.keys().cloned().collect(),
-        _ => counts.iter().map(|(name, count)| format!("{name} {count}")).collect::<Vec<_>>().join(", "),
+        _ => counted(counts),
     }
 }
 
@@ -116,17 +116,12 @@ pub(super) async fn show(screen: &mut Screen<'_>, ledger: &mut Ledger, world: &W
     for (name, (left, right)) in ROWS.iter().zip(records.rows().into_iter().zip(frontend.rows())) {
         screen.line(&format!("   {name:<24}{left:<28}{right}"))?;
     }
-    let ended =
-        |counts: &BTreeMap<String, u64>| match counts.iter().map(|(cause, n)| format!("{cause} {n}")).reduce(both) {
-            Some(text) => text,
-            None => "none".into(),
-        };
     for (name, what) in [
-        ("connections, /frontend", ended(&carried)),
-        ("connections, /records", ended(&records.by(CONNECTIONS, "cause"))),
+        ("connections, /frontend", counted(&carried)),
+        ("connections, /records", counted(&ended)),
         ("denied by policy", grouped(denied)),
-        ("refused by reason", ended(&refused)),
-        ("weak offers", ended(&weak)),
+        ("refused by reason", counted(&refused)),
+        ("weak offers", counted(&weak)),
     ] {
         wrapped(screen, name, &what)?;
     }
@@ -142,7 +137,7 @@ pub(super) async fn show(screen: &mut Screen<'_>, ledger: &mut Ledger, world: &W
     let told = Told {
         refused: &refused,
         carried: &carried,
-        ended: &records.by(CONNECTIONS, "cause"),
+        ended: &ended,
         weak: &weak,
         outside: records.outside() + frontend.outside(),
         handshakes: frontend.handshakes("false"),
@@ -154,8 +149,9 @@ pub(super) async fn show(screen: &mut Screen<'_>, ledger: &mut Ledger, world: &W
     Ok(())
 }
 
-fn both(a: String, b: String) -> String {
-    format!("{a}, {b}")
+fn counted(counts: &BTreeMap<String, u64>) -> String {
+    let parts: Vec<_> = counts.iter().map(|(name, count)| format!("{name} {}", grouped(*count))).collect();
+    if parts.is_empty() { "none".into() } else { parts.join(", ") }
 }
 
 /// A row whose text may need several lines.

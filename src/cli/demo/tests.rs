@@ -2,6 +2,7 @@
 //! output holds no escape codes. The whole story runs in `tests/it/demo.rs`.
 
 use super::ledger::{Ledger, Thing};
+use super::outcome_of;
 use super::scrape::Metrics;
 use super::screen::{Screen, Style, Tone, grouped};
 
@@ -14,8 +15,11 @@ fn the_verdict_names_what_was_not_seen_whichever_it_is() {
             assert_eq!(ledger.tick(*thing, thing != missing), thing != missing);
         }
         assert_eq!(ledger.verdict(), Err(vec![missing.words()]));
+        let failure = outcome_of(ledger.verdict()).unwrap_err();
+        assert_eq!(failure.code, 1);
+        assert_eq!(failure.message, format!("portcullis: demo: not seen: {}", missing.words()));
         assert!(ledger.tick(*missing, true));
-        assert_eq!(ledger.verdict(), Ok(()));
+        assert_eq!(outcome_of(ledger.verdict()), Ok(std::process::ExitCode::SUCCESS));
     }
 }
 
