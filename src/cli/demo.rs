@@ -122,10 +122,13 @@ async fn tell(args: &DemoArgs, screen: &mut Screen<'_>, traffic: &Handle) -> Res
     let life = Duration::from_secs((args.seconds / 4).clamp(4, 6));
     let mut ledger = Ledger::default();
     let title = screen.bold("Portcullis demo");
+    let disk = match &args.log {
+        Some(path) => format!("logs go to {}", path.display()),
+        None => "nothing is written to disk".to_owned(),
+    };
     let seconds = args.seconds;
-    screen
-        .line(&format!("{title}: {seconds} s, all in this process and on loopback; nothing is written to disk"))
-        .map_err(unread)?;
+    let line = format!("{title}: {seconds} s, all in this process and on loopback; {disk}");
+    screen.line(&line).map_err(unread)?;
     screen.chapter("An authority").map_err(unread)?;
     let authority = world::open(DOMAIN, life, Clock::system()).map_err(Failure::new)?;
     let ca = authority.subscribe().borrow().active_ca().unwrap_or_default().to_owned();

@@ -15,6 +15,8 @@ use crate::tls::reason::Reason;
 
 /// How long anything may take to be seen; then it was not.
 const PATIENCE: Duration = Duration::from_secs(8);
+/// How far beyond its time the story may go while something is waited for.
+const OVERTIME: Duration = Duration::from_secs(15);
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -60,9 +62,14 @@ impl Story<'_, '_> {
         self.no_failure()
     }
 
+    /// Until when to wait for what should be seen now.
+    fn end_of_patience(&self) -> Instant {
+        (Instant::now() + PATIENCE).min(self.screen.began() + self.total + OVERTIME)
+    }
+
     /// Asks again until there is an answer or patience ends.
     async fn until<T>(&mut self, mut ask: impl AsyncFnMut() -> Option<T>) -> io::Result<Option<T>> {
-        let end = Instant::now() + PATIENCE;
+        let end = self.end_of_patience();
         loop {
             if let Some(answer) = ask().await {
                 return Ok(Some(answer));
@@ -217,7 +224,7 @@ impl Story<'_, '_> {
     async fn show_rotations(&mut self) -> io::Result<bool> {
         let world = Arc::clone(&self.world);
         let mut waiting = vec![world.records.name, world.frontend.name];
-        let end = Instant::now() + PATIENCE;
+        let end = self.end_of_patience();
         while !waiting.is_empty() && Instant::now() < end {
             for rotation in world.take_rotations() {
                 waiting.retain(|name| *name != rotation.name);
@@ -324,7 +331,7 @@ impl Story<'_, '_> {
             return self.screen.tell(Tone::Bad, "NOT SEEN", &why);
         }
         self.screen.tell(Tone::Good, "healed", "reloaded as declared: allow /frontend")?;
-        let ended = caller.ended(PATIENCE).await;
+        let ended = caller.ended(self.end_of_patience().saturating_duration_since(Instant::now())).await;
         let took = healed.elapsed().as_secs_f64() * 1000.0;
         let counted = async || (records.metrics().await.count(CONNECTIONS, &labels) > before).then_some(());
         let counted = self.until(counted).await?.is_some();
