@@ -16,3 +16,4 @@ mod harness;
 mod testing;
 
 mod basics;
+mod demo;
