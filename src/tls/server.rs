@@ -218,6 +218,13 @@ async fn read_hello<S: AsyncRead + AsyncWrite + Unpin>(
             }
             Ok(None) => {}
             Err((error, mut alert)) => {
+                // What an old client offers is worth knowing most of all, and it is refused here.
+                attempt.offered_weak = hello::offered_weak(&seen);
+                // The library misses the extensions of TLS 1.2 before it looks at the version.
+                if hello::is_too_old(&seen) {
+                    let _ = stream.write_all(&hello::PROTOCOL_VERSION_ALERT).await;
+                    return Err(Failure::new(Reason::NoSharedVersion, "the ClientHello is of TLS 1.1 or older"));
+                }
                 let mut bytes = Vec::new();
                 if alert.write_all(&mut bytes).is_ok() {
                     let _ = stream.write_all(&bytes).await;

@@ -11,8 +11,11 @@
     clippy::indexing_slicing
 )]
 
+mod client;
 mod harness;
+mod seen;
 #[path = "../../src/testing.rs"]
 mod testing;
 
 mod basics;
+mod openssl;
