@@ -32,8 +32,10 @@ pub fn offered_weak(records: &[u8]) -> Vec<&'static str> {
     WEAK.iter().zip(found).filter_map(|(word, is)| is.then_some(*word)).collect()
 }
 
-/// The alert record `protocol_version`, fatal (RFC 8446, section 6), for a peer that knows no version of ours.
-pub const PROTOCOL_VERSION_ALERT: [u8; 7] = [0x15, 3, 1, 0, 2, 2, 70];
+/// The record of a fatal alert in the clear (RFC 8446, section 6).
+pub fn alert(description: rustls::AlertDescription) -> [u8; 7] {
+    [0x15, 3, 1, 0, 2, 2, description.into()]
+}
 
 /// Whether the ClientHello in `records` is of a version before TLS 1.2, which knows no `supported_versions`.
 pub fn is_too_old(records: &[u8]) -> bool {

@@ -9,7 +9,7 @@ use rustls::client::{ResolvesClientCert, Resumption};
 use rustls::crypto::aws_lc_rs as provider;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::sign::{CertifiedKey, Signer, SigningKey};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, SignatureAlgorithm, SignatureScheme};
+use rustls::{ClientConfig, ClientConnection, NamedGroup, RootCertStore, SignatureAlgorithm, SignatureScheme};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -87,7 +87,10 @@ pub fn trusting(ca: Option<&TestCa>, shown: Option<Shown>) -> Arc<ClientConfig> 
         Some(ca) => roots.add(ca.root()).unwrap(),
         None => roots.add(TestCa::new("nobody.example").root()).unwrap(),
     }
-    let builder = ClientConfig::builder_with_provider(Arc::new(provider::default_provider()))
+    let mut crypto = provider::default_provider();
+    // The hybrid first, as current libraries do: then no HelloRetryRequest is needed.
+    crypto.kx_groups.sort_by_key(|group| group.name() != NamedGroup::X25519MLKEM768);
+    let builder = ClientConfig::builder_with_provider(Arc::new(crypto))
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_root_certificates(roots);
@@ -136,8 +139,8 @@ pub async fn echoed<S: AsyncRead + AsyncWrite + Unpin>(stream: S, config: &Arc<C
 /// How a client that must be refused learns of it. It sends no data: an answer to that would be a reset, which takes the
 /// alert with it.
 pub async fn refusal(address: SocketAddr, config: &Arc<ClientConfig>) -> io::Error {
-    let stream = TcpStream::connect(address).await.unwrap();
     let talk = async {
+        let stream = TcpStream::connect(address).await?;
         let mut stream = TlsConnector::from(Arc::clone(config)).connect(server_name(), stream).await?;
         stream.read_u8().await
     };

@@ -18,4 +18,5 @@ mod seen;
 mod testing;
 
 mod basics;
+mod hostile;
 mod openssl;
