@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 
 use crate::client::{Shown, client_hello, echoed, presenting, refusal, trusting};
 use crate::harness::{Domain, Echo, Metrics, PATIENCE, Proxy, echo, soon, until};
-use crate::seen::{grown, seen};
+use crate::seen::{access_line, grown, seen};
 use crate::testing::{
     ExtendedKeyUsagePurpose as ExtendedUse, IsCa, Issued, Key, KeyUsagePurpose as Use, San, Spec, TestCa,
 };
@@ -527,6 +527,31 @@ async fn one_deadline_covers_the_whole_handshake() {
         assert_eq!(heard, answer, "{case}");
         world.serves(case).await;
     }
+    assert!(world.proxy.stop().await.success());
+}
+
+#[tokio::test]
+async fn who_finds_no_place_among_the_handshakes_is_told_apart_from_who_is_slow() {
+    let mut world = World::plain("tls: { handshake_timeout: 2s, max_handshakes: 1 }\n").await;
+    let before = world.proxy.metrics().await;
+    let whole = client_hello(&world.good);
+    let (half, rest) = whole.split_at(whole.len() / 2);
+    // It came first, so its time is over first, and until its ClientHello is whole it holds no place.
+    let mut late = TcpStream::connect(world.address).await.unwrap();
+    late.write_all(half).await.unwrap();
+    world.serves("half a ClientHello").await;
+    let mut holder = TcpStream::connect(world.address).await.unwrap();
+    holder.write_all(&whole).await.unwrap();
+    holder.read_u8().await.unwrap();
+    late.write_all(rest).await.unwrap();
+    for reason in ["overloaded", "timeout"] {
+        let line = access_line(&mut world.proxy, "api").await;
+        assert_eq!(line["reason"], reason, "{line}");
+    }
+    let mut reasons = grown(&before, &world.proxy.metrics().await, HANDSHAKES, "reason");
+    assert_eq!(reasons.remove("none"), Some(1.0), "the good one");
+    assert_eq!(reasons.into_iter().collect::<Vec<_>>(), [("overloaded".to_owned(), 1.0), ("timeout".to_owned(), 1.0)]);
+    world.serves("one too many").await;
     assert!(world.proxy.stop().await.success());
 }
 
