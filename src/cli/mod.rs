@@ -143,7 +143,7 @@ pub fn execute(command: Command, streams: &mut Streams<'_>) -> Outcome {
         Command::Demo(args) => demo::demo(&args),
         Command::Check(args) => check::check(&args, streams),
         Command::Explain(args) => explain::explain(&args, streams),
-        Command::Authority(args) => authority::authority(&args),
+        Command::Authority(args) => authority::authority(&args, streams),
         Command::Completions(args) => completions::completions(&args, streams),
         Command::Man(args) => man::man(&args, streams),
         Command::Schema => schema::schema(streams),
