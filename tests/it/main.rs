@@ -11,9 +11,13 @@
     clippy::indexing_slicing
 )]
 
+mod client;
 mod harness;
+mod seen;
 #[path = "../../src/testing.rs"]
 mod testing;
 
 mod basics;
 mod demo;
+mod hostile;
+mod openssl;
