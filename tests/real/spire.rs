@@ -363,6 +363,8 @@ pub struct Extra<'a> {
     pub allow: Vec<String>,
     /// More outbound listeners of the client's proxy, as lines of the list.
     pub outbound: String,
+    /// More lines at the end of the config of the server's proxy.
+    pub server: String,
 }
 
 impl Pair {
@@ -388,9 +390,10 @@ impl Pair {
             &server_program,
             "server",
             &format!(
-                "{}{}inbound:\n  - name: api\n    listen: 127.0.0.1:0\n    to: {backend}\n    allow: [{allow}]\n",
+                "{}{}inbound:\n  - name: api\n    listen: 127.0.0.1:0\n    to: {backend}\n    allow: [{allow}]\n{}",
                 from_agent(to),
-                extra.config
+                extra.config,
+                extra.server
             ),
         )
         .await;
@@ -422,6 +425,16 @@ pub async fn ready(proxy: &Proxy) {
 /// Starts a go-spiffe program, whose lines are JSON.
 pub fn go(program: &Path, spire: &Spire, arguments: &[&str]) -> Running {
     Running::start(Command::new(program).arg("-socket").arg(spire.socket()).args(arguments))
+}
+
+/// Waits for the address of a `spiffe-server`.
+pub async fn listening(running: &mut Running) -> String {
+    running
+        .line("its address", |line| {
+            let value: Value = serde_json::from_str(line).ok()?;
+            Some(value["listening"].as_str()?.to_owned())
+        })
+        .await
 }
 
 /// Waits for an event of a go-spiffe program.

@@ -62,11 +62,9 @@ pub async fn several(world: Arc<World>) {
     };
     let by_id = proxy(&folder, &own, "by-id", &config(&format!("  spiffe_id: {}\n", ids[1]))).await;
     let by_hint = proxy(&folder, &own, "by-hint", &config("  hint: blue-hint\n")).await;
-    let by_both =
-        proxy(&folder, &own, "by-both", &config(&format!("  spiffe_id: {}\n  hint: red-hint\n", ids[0]))).await;
     let first = proxy(&folder, &own, "first", &config("")).await;
     let nobody = proxy(&folder, &own, "nobody", &config("  hint: white-hint\n")).await;
-    let chosen = [(&by_id, ids[1].as_str()), (&by_hint, ids[2].as_str()), (&by_both, ids[0].as_str())];
+    let chosen = [(&by_id, ids[1].as_str()), (&by_hint, ids[2].as_str())];
     for (proxy, id) in chosen {
         ready(proxy).await;
         let to = proxy.address("api").await.to_string();

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::harness::{Proxy, Running, echo, until};
-use crate::spire::{Extra, Pair, SLOW, World, agent_program, event, go_program, identity, within};
+use crate::spire::{Extra, Pair, SLOW, World, agent_program, event, go_program, identity, listening, within};
 use crate::stories::{echo_once, whole};
 
 /// Connections that are opened, used and finished one after the other.
@@ -140,28 +140,21 @@ impl OldSvid {
         Self(folder.into())
     }
 
-    /// Connects with it.
-    async fn connect(&self, world: &World, program: &Path, to: &str, expect: &str) -> Value {
+    /// A go-spiffe program with it; of the other domain it trusts today's bundle.
+    async fn start(&self, world: &World, program: &Path, more: &[&str]) -> Running {
         let file = |name: &str| self.0.join(name).display().to_string();
         let other = self.0.join("two.pem");
         std::fs::write(&other, world.two.ask(&["bundle", "show"], &[]).await).unwrap();
-        let mut client = Running::start(Command::new(program).args([
-            "-cert",
-            &file("svid.0.pem"),
-            "-key",
-            &file("svid.0.key"),
-            "-bundle",
-            &file("bundle.0.pem"),
-            "-bundle",
-            &format!("two.example={}", other.display()),
-            "-addr",
-            to,
-            "-expect",
-            expect,
-            "-timeout",
-            "25s",
-        ]));
-        event(&mut client, "connection").await
+        let mut command = Command::new(program);
+        command.args(["-cert", &file("svid.0.pem"), "-key", &file("svid.0.key"), "-bundle", &file("bundle.0.pem")]);
+        command.args(["-bundle", &format!("two.example={}", other.display())]).args(more);
+        Running::start(&mut command)
+    }
+
+    /// Connects to the server's proxy.
+    async fn connect(&self, world: &World, program: &Path, to: &str, expect: &str) -> Value {
+        let arguments = ["-addr", to, "-expect", expect, "-timeout", "25s"];
+        event(&mut self.start(world, program, &arguments).await, "connection").await
     }
 }
 
@@ -171,9 +164,20 @@ pub async fn under_traffic(world: Arc<World>) {
     let backend = echo().await;
     let fetch = agent_program(&folder, "fetch");
     let client = go_program("spiffe-client", &folder, "go-client");
+    let server = go_program("spiffe-server", &folder, "go-server");
     let lasting = ["-x509SVIDTTL", "3600", "-federatesWith", "spiffe://two.example"];
     let old_id = world.one.entry("/rotation/old", &fetch, &lasting).await;
-    let extra = Extra { config: "connections: { on_peer_expiry: keep }\n", allow: vec![old_id], ..Extra::default() };
+    // One that the old CA signed, in the hands of a client and of a server, for the time after the CA is gone.
+    let kept = OldSvid::fetch(&world, &folder, &fetch).await;
+    let arguments = ["-listen", "127.0.0.1:0", "-allow", "spiffe://two.example/rotation/server", "-timeout", "590s"];
+    let mut old_server = kept.start(&world, &server, &arguments).await;
+    let to_old = listening(&mut old_server).await;
+    let extra = Extra {
+        config: "connections: { on_peer_expiry: keep }\n",
+        server: format!("outbound:\n  - name: old\n    listen: 127.0.0.1:0\n    to: {to_old}\n    expect: {old_id}\n"),
+        allow: vec![old_id],
+        ..Extra::default()
+    };
     let pair = Pair::start(&folder, &world.one, &world.two, backend.address, extra).await;
     let api = pair.server.address("api").await.to_string();
 
@@ -196,14 +200,16 @@ pub async fn under_traffic(world: Arc<World>) {
     for proxy in [&pair.client, &pair.server] {
         authorities(proxy, "one.example", 2, "the new CA to be trusted").await;
     }
-    let kept = OldSvid::fetch(&world, &folder, &fetch).await;
     let seen = kept.connect(&world, &client, &api, &pair.server_id).await;
     assert!(seen["ok"] == true, "the old CA is still good: {seen:#}");
+    let old_way = pair.server.address("old").await;
+    whole(old_way).await.unwrap();
     first.all_go_on("after prepare").await;
 
-    let before = rotations(&pair.client.state().await["identity"]);
     world.one.ask(&[&local[..], &["activate"]].concat(), &["-authorityID", &new]).await;
     world.one.ask(&[&local[..], &["taint"]].concat(), &["-authorityID", &old]).await;
+    // From here on nothing is signed by the old CA, so the next SVID is of the new one.
+    let before = rotations(&pair.client.state().await["identity"]);
     world.two.refresh(&world.one).await;
     identity(&pair.client, SLOW, "an SVID of the new CA", |i| i["state"] == "fresh" && rotations(i) > before).await;
     fresh.go_on(50).await;
@@ -224,8 +230,11 @@ pub async fn under_traffic(world: Arc<World>) {
     fresh.none_failed("until after revoke");
     let seen = kept.connect(&world, &client, &api, &pair.server_id).await;
     assert!(seen["ok"] == false, "nothing trusts the old CA: {seen:#}");
-    let untrusted = [("direction", "inbound"), ("result", "failure"), ("reason", "untrusted")];
-    pair.server.metric_reaches("portcullis_tls_handshakes_total", &untrusted, 1.0).await;
+    whole(old_way).await.unwrap_err();
+    for direction in ["inbound", "outbound"] {
+        let untrusted = [("direction", direction), ("result", "failure"), ("reason", "untrusted")];
+        pair.server.metric_reaches("portcullis_tls_handshakes_total", &untrusted, 1.0).await;
+    }
     let labels = [("cause", "bundle_changed")];
     assert_eq!(pair.server.metrics().await.sum("portcullis_connections_total", &labels), 4.0);
     for proxy in [&pair.client, &pair.server] {
