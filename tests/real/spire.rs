@@ -48,6 +48,11 @@ pub async fn identity(proxy: &Proxy, limit: Duration, what: &str, holds: impl Fn
     .await
 }
 
+/// Seconds since the Unix epoch.
+pub fn today() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()
+}
+
 /// What PATH and the environment lack, and how to get it.
 pub fn missing() -> Vec<(String, &'static str)> {
     let spire = "SPIRE 1.13.0 or later, looked for in PATH; from https://github.com/spiffe/spire/releases, or built with \

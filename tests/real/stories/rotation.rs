@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::harness::{Proxy, Running, echo, until};
-use crate::spire::{Extra, Pair, SLOW, World, agent_program, event, go_program, identity, listening, within};
+use crate::spire::{Extra, Pair, SLOW, World, agent_program, event, go_program, identity, listening, today, within};
 use crate::stories::{echo_once, whole};
 
 /// Connections that are opened, used and finished one after the other.
@@ -186,6 +186,13 @@ pub async fn under_traffic(world: Arc<World>) {
     for proxy in [&pair.client, &pair.server] {
         identity(proxy, SLOW, "two rotations", |i| rotations(i) >= 2).await;
     }
+    // The SVIDs that the first connections were opened with must be over, or their going on says nothing.
+    within(SLOW, "the first connections' peer to have expired", &pair.server, |state| {
+        let listed = state["connections"]["listed"].as_array().unwrap().iter();
+        let oldest = listed.filter_map(|connection| connection["peer_not_after"].as_u64()).min();
+        async move { oldest.is_some_and(|until| until < today()).then_some(()) }
+    })
+    .await;
     fresh.go_on(50).await;
     first.all_go_on("after two rotations").await;
     fresh.none_failed("during two rotations");
@@ -208,6 +215,7 @@ pub async fn under_traffic(world: Arc<World>) {
 
     world.one.ask(&[&local[..], &["activate"]].concat(), &["-authorityID", &new]).await;
     world.one.ask(&[&local[..], &["taint"]].concat(), &["-authorityID", &old]).await;
+    // For a moment the agent may have no identity for the workload now, which the grace must cover.
     // From here on nothing is signed by the old CA, so the next SVID is of the new one.
     let before = rotations(&pair.client.state().await["identity"]);
     world.two.refresh(&world.one).await;
