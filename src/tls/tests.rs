@@ -373,3 +373,20 @@ async fn the_upstream_must_be_the_expected_one() {
     assert!(connection.is_none());
     assert_eq!(record.claimed.as_ref().map(|id| id.as_str()), Some(SERVER));
 }
+
+#[tokio::test]
+async fn a_revocation_list_speaks_for_its_own_authority_only_even_among_namesakes() {
+    let mut spec = Spec::authority("a.example");
+    spec.common_name = "the one name".into();
+    let (old, new) = (TestCa::root_with("a.example", &spec), TestCa::root_with("a.example", &spec));
+    let (good, bad, newer) = (old.svid("/good"), old.svid("/bad"), new.svid("/newer"));
+    let world = World::new();
+    let mut bundles = TrustBundles::empty();
+    bundles.set(TrustDomain::parse("a.example").unwrap(), vec![new.root(), old.root()]).unwrap();
+    bundles.set_crls(vec![old.crl(&[&bad]).0]).unwrap();
+    let trust = world.trust(&Arc::new(bundles));
+    let usage = crate::identity::svid::Usage::Client;
+    assert!(trust.judge(&good.chain, usage).is_ok());
+    assert!(trust.judge(&newer.chain, usage).is_ok(), "no list of the new authority says anything");
+    assert_eq!(trust.judge(&bad.chain, usage).unwrap_err().reason, Reason::Revoked);
+}

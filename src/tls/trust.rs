@@ -4,13 +4,14 @@
 //! remembered chain saves the signature checks of the chain and nothing else: the dates, the key type and the use are
 //! judged anew each time, and the peer's own signature over the handshake is never skipped.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use aws_lc_rs::digest;
 use rustls::crypto::WebPkiSupportedAlgorithms;
-use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, UnixTime};
 use webpki::{CertRevocationList, EndEntityCert, RevocationOptionsBuilder};
 
 use super::profile::Profile;
@@ -18,7 +19,7 @@ use super::reason::Reason;
 use super::record::Failure;
 use crate::clock::Clock;
 use crate::identity::svid::{LeafFacts, MAX_CERT_BYTES, MAX_CHAIN, SvidError, Usage};
-use crate::identity::{KeyType, SpiffeId, TrustBundles};
+use crate::identity::{Authority, KeyType, SpiffeId, TrustBundles};
 
 /// How many chains are remembered.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::MIN.saturating_add(2047);
@@ -62,7 +63,7 @@ impl Peer {
 /// One generation of trust: bundles, revocation lists and the memory that belongs to them.
 pub struct Trust {
     bundles: Arc<TrustBundles>,
-    crls: Vec<CertRevocationList<'static>>,
+    anchors: BTreeMap<String, Vec<Anchor>>,
     profile: Arc<Profile>,
     clock: Clock,
     remembered: Mutex<lru::LruCache<[u8; 32], Arc<Peer>>>,
@@ -72,7 +73,7 @@ pub struct Trust {
 
 impl std::fmt::Debug for Trust {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Trust").field("crls", &self.crls.len()).finish_non_exhaustive()
+        f.debug_struct("Trust").field("domains", &self.anchors.len()).finish_non_exhaustive()
     }
 }
 
@@ -83,19 +84,26 @@ impl Trust {
     /// # Errors
     /// Which revocation list cannot be read.
     pub fn new(bundles: Arc<TrustBundles>, profile: Arc<Profile>, clock: Clock) -> Result<Self, String> {
-        let crls = bundles
+        let lists = bundles
             .crls()
             .iter()
             .enumerate()
             .map(|(index, der)| {
-                webpki::OwnedCertRevocationList::from_der(der)
-                    .map(CertRevocationList::Owned)
-                    .map_err(|e| format!("revocation list {index}: {e}"))
+                let list = webpki::OwnedCertRevocationList::from_der(der)
+                    .map_err(|e| format!("revocation list {index}: {e}"))?;
+                Ok((der, Arc::new(CertRevocationList::Owned(list))))
             })
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<Vec<_>, String>>()?;
+        let anchors = bundles
+            .iter()
+            .map(|(domain, authorities)| {
+                let anchors = authorities.iter().map(|authority| Anchor::new(authority, &lists, &profile)).collect();
+                (domain.as_str().to_owned(), anchors)
+            })
+            .collect();
         Ok(Self {
             bundles,
-            crls,
+            anchors,
             profile,
             clock,
             remembered: Mutex::new(lru::LruCache::new(REMEMBERED)),
@@ -177,50 +185,81 @@ impl Trust {
         now: UnixTime,
     ) -> Result<(u64, u64), Failure> {
         let domain = facts.id.trust_domain_name();
-        let authorities = self.bundles.authorities(domain).ok_or_else(|| {
+        let anchors = self.anchors.get(domain).ok_or_else(|| {
             Failure::new(Reason::UnknownTrustDomain, format!("no bundle for the trust domain of {}", facts.id))
         })?;
-        // webpki does not look at an anchor's own dates.
-        let current: Vec<_> =
-            authorities.iter().filter(|a| a.not_before <= now.as_secs() && now.as_secs() <= a.not_after).collect();
-        let anchors: Vec<TrustAnchor<'_>> = current.iter().map(|a| a.anchor.clone()).collect();
         let (leaf, intermediates) = chain.split_first().ok_or_else(|| Failure::new(Reason::NoCertificate, ""))?;
         let end_entity = EndEntityCert::try_from(leaf)
             .map_err(|e| Failure::new(Reason::BadCertificate, format!("{}: {e}", facts.id)))?;
-        let lists: Vec<&CertRevocationList<'_>> = self.crls.iter().collect();
-        // A list speaks only of what its issuer signed; certificates that no list covers are not thereby suspect.
-        let revocation = RevocationOptionsBuilder::new(&lists)
-            .ok()
-            .map(|b| b.with_status_policy(webpki::UnknownStatusPolicy::Allow).build());
-        let eku = match usage {
-            Usage::Client => webpki::KeyUsage::client_auth(),
-            Usage::Server => webpki::KeyUsage::server_auth(),
-        };
-        let path = end_entity
-            .verify_for_usage(self.algorithms().all, &anchors, intermediates, now, eku, revocation, None)
-            .map_err(|error| failure_of(&error, &facts.id))?;
-        let mut valid = (facts.not_before, facts.not_after);
-        let mut narrow = |(from, to): (u64, u64)| valid = (valid.0.max(from), valid.1.min(to));
-        for intermediate in path.intermediate_certificates() {
-            narrow(check_issuer(&intermediate.der(), domain)?);
+        let mut refusal = webpki::Error::UnknownIssuer;
+        // One authority at a time, each with its own lists. webpki does not look at an anchor's own dates.
+        for anchor in anchors.iter().filter(|a| a.valid.0 <= now.as_secs() && now.as_secs() <= a.valid.1) {
+            let lists: Vec<&CertRevocationList<'_>> = anchor.lists.iter().map(|list| &**list).collect();
+            // A list speaks only of what its issuer signed; certificates that no list covers are not thereby suspect.
+            let revocation = RevocationOptionsBuilder::new(&lists)
+                .ok()
+                .map(|b| b.with_status_policy(webpki::UnknownStatusPolicy::Allow).build());
+            let eku = match usage {
+                Usage::Client => webpki::KeyUsage::client_auth(),
+                Usage::Server => webpki::KeyUsage::server_auth(),
+            };
+            let only = std::slice::from_ref(&anchor.anchor);
+            match end_entity.verify_for_usage(self.algorithms().all, only, intermediates, now, eku, revocation, None) {
+                Ok(path) => {
+                    let mut valid = (facts.not_before, facts.not_after);
+                    let mut narrow = |(from, to): (u64, u64)| valid = (valid.0.max(from), valid.1.min(to));
+                    narrow(anchor.valid);
+                    for intermediate in path.intermediate_certificates() {
+                        narrow(check_issuer(&intermediate.der(), domain)?);
+                    }
+                    return Ok(valid);
+                }
+                // What an authority that is not the issuer says of a chain tells nobody anything.
+                Err(webpki::Error::UnknownIssuer) => {}
+                Err(error) => refusal = error,
+            }
         }
-        let anchor = path.anchor();
-        // A renewed authority keeps name and key: any of its certificates is an anchor until its own end.
-        let anchored = current
-            .iter()
-            .filter(|a| {
-                a.anchor.subject == anchor.subject && a.anchor.subject_public_key_info == anchor.subject_public_key_info
-            })
-            .map(|a| (a.not_before, a.not_after))
-            .max_by_key(|(_, not_after)| *not_after);
-        // The anchor came out of this very list; were it not so, nothing would be remembered past this second.
-        narrow(anchored.unwrap_or((now.as_secs(), now.as_secs())));
-        Ok(valid)
+        Err(failure_of(&refusal, &facts.id))
     }
 
     fn memory(&self) -> std::sync::MutexGuard<'_, lru::LruCache<[u8; 32], Arc<Peer>>> {
         self.remembered.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// One authority as an anchor, with the revocation lists that may speak of what it signed.
+struct Anchor {
+    anchor: TrustAnchor<'static>,
+    /// Seconds since the Unix epoch, both ends included.
+    valid: (u64, u64),
+    lists: Vec<Arc<CertRevocationList<'static>>>,
+}
+
+impl Anchor {
+    /// Authorities may share a name, one after a rotation for instance, and webpki finds a list by name alone. A list
+    /// under this name that another key signed would make every peer of this authority look suspect, so it is not asked.
+    fn new(
+        authority: &Authority,
+        lists: &[(&CertificateRevocationListDer<'static>, Arc<CertRevocationList<'static>>)],
+        profile: &Profile,
+    ) -> Self {
+        let name = authority.anchor.subject.as_ref();
+        let lists = lists
+            .iter()
+            .filter(|(der, list)| list.issuer() != name || signed_by(der, &authority.der, profile))
+            .map(|(_, list)| Arc::clone(list))
+            .collect();
+        Self { anchor: authority.anchor.clone(), valid: (authority.not_before, authority.not_after), lists }
+    }
+}
+
+/// Whether the key of a certificate signed a revocation list, by an algorithm of the profile.
+fn signed_by(list: &[u8], authority: &[u8], profile: &Profile) -> bool {
+    let Ok((_, list)) = x509_parser::parse_x509_crl(list) else { return false };
+    let Ok((_, authority)) = x509_parser::parse_x509_certificate(authority) else { return false };
+    let key = authority.public_key().subject_public_key.data.as_ref();
+    let (message, signature) = (list.tbs_cert_list.as_ref(), list.signature_value.data.as_ref());
+    profile.algorithms().all.iter().any(|algorithm| algorithm.verify_signature(key, message, signature).is_ok())
 }
 
 /// X509-SVID specification, section 4: a signing certificate may sign certificates, and if it names a SPIFFE ID, that is
