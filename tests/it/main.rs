@@ -16,3 +16,5 @@ mod harness;
 mod testing;
 
 mod basics;
+mod operations;
+mod postgres;
