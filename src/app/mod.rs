@@ -70,6 +70,7 @@ pub struct Proxy {
     current: watch::Receiver<Current>,
     traffic: Handle,
     house: Mutex<House>,
+    published: watch::Sender<bool>,
 }
 
 impl fmt::Debug for Proxy {
@@ -121,7 +122,8 @@ impl Proxy {
             outbound: BTreeMap::new(),
             config: config.clone(),
         };
-        let proxy = Arc::new(Self { shared, current, traffic, house: Mutex::new(house) });
+        let proxy =
+            Arc::new(Self { shared, current, traffic, house: Mutex::new(house), published: watch::Sender::new(false) });
         proxy.apply(config)?;
         Ok(proxy)
     }
@@ -167,6 +169,11 @@ impl Proxy {
             serving: running.listener.state.load().tls.is_some(),
         });
         inbound.chain(outbound).collect()
+    }
+
+    /// Whether every listener has what it needs to serve. Told after the listeners have it, never before.
+    pub fn serving(&self) -> watch::Receiver<bool> {
+        self.published.subscribe()
     }
 
     fn house(&self) -> std::sync::MutexGuard<'_, House> {
@@ -301,6 +308,9 @@ impl Proxy {
         if ended > 0 {
             tracing::info!(ended, "live connections were judged again and ended");
         }
+        let serving = house.inbound.values().all(|running| running.listener.state.load().tls.is_some())
+            && house.outbound.values().all(|running| running.listener.state.load().tls.is_some());
+        self.published.send_replace(serving);
     }
 
     /// Stops accepting, waits up to `timeout` for open connections to end, then ends the rest. Answers how many those

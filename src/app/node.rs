@@ -91,7 +91,8 @@ impl Node {
         let mut tasks = JoinSet::new();
         tasks.spawn(keeper.run(source));
         tasks.spawn(Arc::clone(&proxy).follow());
-        tasks.spawn(watch_identity(current, Arc::clone(&sight), readiness.clone(), waiting));
+        tasks.spawn(watch_identity(current, Arc::clone(&sight)));
+        tasks.spawn(watch_serving(proxy.serving(), readiness.clone(), waiting));
         tasks.spawn(server.run(Sources {
             readiness: readiness.clone(),
             metrics: {
@@ -166,25 +167,26 @@ impl Node {
     }
 }
 
-/// Tells metrics, readiness and log of every change of the identity.
-async fn watch_identity(
-    mut current: watch::Receiver<Current>,
-    sight: Arc<Sight>,
-    readiness: Readiness,
-    waiting: crate::admin::Token,
-) {
+/// Tells the metrics of every change of the identity.
+async fn watch_identity(mut current: watch::Receiver<Current>, sight: Arc<Sight>) {
+    loop {
+        sight.metrics.identity(&current.borrow_and_update());
+        if current.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Ready means that a connection is served, not that an identity is on its way to the listeners.
+async fn watch_serving(mut serving: watch::Receiver<bool>, readiness: Readiness, waiting: crate::admin::Token) {
     let mut waiting = Some(waiting);
     loop {
-        {
-            let now = current.borrow_and_update();
-            sight.metrics.identity(&now);
-            match (&now.identity, waiting.is_some()) {
-                (Some(_), true) => waiting = None,
-                (None, false) => waiting = Some(readiness.wait_for("identity")),
-                _ => {}
-            }
+        match (*serving.borrow_and_update(), waiting.is_some()) {
+            (true, true) => waiting = None,
+            (false, false) => waiting = Some(readiness.wait_for("identity")),
+            _ => {}
         }
-        if current.changed().await.is_err() {
+        if serving.changed().await.is_err() {
             return;
         }
     }

@@ -17,4 +17,6 @@ mod testing;
 
 mod basics;
 mod operations;
+mod policy;
 mod postgres;
+mod sight;
