@@ -16,6 +16,7 @@ mod harness;
 mod testing;
 
 mod basics;
+mod cli;
 mod operations;
 mod policy;
 mod postgres;
