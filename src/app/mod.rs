@@ -316,13 +316,21 @@ impl Proxy {
     /// Stops accepting, waits up to `timeout` for open connections to end, then ends the rest. Answers how many those
     /// were.
     pub async fn drain(&self, timeout: Duration) -> usize {
-        {
+        let stops: Vec<watch::Sender<bool>> = {
             let house = self.house();
             let inbound = house.inbound.values().map(|running| &running.stop);
-            for stop in inbound.chain(house.outbound.values().map(|running| &running.stop)) {
-                stop.send_replace(true);
-            }
+            inbound.chain(house.outbound.values().map(|running| &running.stop)).cloned().collect()
+        };
+        for stop in &stops {
+            stop.send_replace(true);
         }
+        // Sockets are closed, and the files of Unix sockets removed, before the process may end.
+        let closed = async {
+            for stop in &stops {
+                stop.closed().await;
+            }
+        };
+        let _ = tokio::time::timeout(Duration::from_secs(1), closed).await;
         if tokio::time::timeout(timeout, self.shared.registry.until_empty()).await.is_ok() {
             return 0;
         }

@@ -252,6 +252,25 @@ async fn unix_sockets_at_both_ends() {
 }
 
 #[tokio::test]
+async fn a_socket_file_never_outlives_its_proxy() {
+    let domain = Domain::new("a.example");
+    let identity = domain.identity("/client");
+    // Many sockets, so that one that is forgotten now and then is found.
+    let front = |n: usize| domain.path().join(format!("{n}.sock"));
+    let listeners: String = (0..200)
+        .map(|n| {
+            let to = "127.0.0.1:1', expect: 'spiffe://a.example/server' }";
+            format!("  - {{ name: out-{n}, listen: 'unix://{}', to: '{to}\n", front(n).display())
+        })
+        .collect();
+    let client = Proxy::start(domain.path(), "client", &format!("{identity}outbound:\n{listeners}")).await;
+    client.ready().await;
+    assert!((0..200).all(|n| front(n).exists()));
+    assert!(client.stop().await.success());
+    assert_eq!((0..200).filter(|n| front(*n).exists()).count(), 0);
+}
+
+#[tokio::test]
 async fn the_next_address_is_tried_when_one_does_not_answer_or_is_somebody_else() {
     let joined = Joined::start("", "").await;
     let stranger = Joined::start("", "").await;
