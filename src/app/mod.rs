@@ -218,8 +218,13 @@ impl Proxy {
         resize(&self.shared.places, house.config.connections.max, config.connections.max);
         house.policy = policy;
         house.config = config;
-        house.inbound.retain(|name, running| keep(&inbound, name, running));
-        house.outbound.retain(|name, running| keep(&outbound, name, running));
+        let mut gone = Vec::new();
+        house.inbound.retain(|name, running| keep(&inbound, name, running, &mut gone));
+        house.outbound.retain(|name, running| keep(&outbound, name, running, &mut gone));
+        // The state of these is never swapped again, so nobody may finish a handshake by it.
+        self.shared.registry.stop_all(Cause::Drained, |entry| {
+            entry.peer().is_none() && gone.iter().any(|name| **name == *entry.listener)
+        });
         let identity = self.current.borrow().identity.clone();
         self.renew_trust(&mut house, identity.as_ref());
         for (name, declared, listener) in new_inbound {
@@ -406,11 +411,12 @@ fn bind_new<L>(
         .collect()
 }
 
-/// Whether a running listener stays; one that does not is told to stop.
-fn keep<L>(declared: &[(String, Address)], name: &str, running: &Running<L>) -> bool {
+/// Whether a running listener stays; one that does not is told to stop, and its name written down.
+fn keep<L>(declared: &[(String, Address)], name: &str, running: &Running<L>, gone: &mut Vec<String>) -> bool {
     let stays = declared.iter().any(|(other, address)| other == name && *address == running.declared);
     if !stays {
         let _ = running.stop.send(true);
+        gone.push(name.to_owned());
     }
     stays
 }

@@ -152,6 +152,33 @@ async fn a_change_of_rules_ends_what_it_no_longer_admits() {
 }
 
 #[tokio::test]
+async fn nobody_slips_through_a_listener_that_goes_or_moves() {
+    let mut joined = Joined::start("", "tls: { handshake_timeout: 1m }\n").await;
+    let svid = joined.domain.ca.svid("/client");
+    let second = |port: u16| {
+        let (to, allow) = (joined.workload.address, joined.domain.id("/client"));
+        format!(
+            "{}  - {{ name: second, listen: '127.0.0.1:{port}', to: '{to}', allow: ['{allow}'] }}\n\
+             tls: {{ handshake_timeout: 1m }}\n",
+            joined.server_config
+        )
+    };
+    let gone = format!("{}tls: {{ handshake_timeout: 1m }}\n", joined.server_config);
+    let ports = [free_port().await, free_port().await];
+    for next in [second(ports[1]), gone] {
+        joined.server.reloaded(&second(ports[0])).await;
+        // Accepted before the reload, its handshake begins after it.
+        let early = TcpStream::connect(joined.server.address("second").await).await.unwrap();
+        joined.server.metric_reaches("portcullis_connections_open", &[("direction", "inbound")], 1.0).await;
+        joined.server.reloaded(&next).await;
+        crate::policy::gets_through(early, &joined.domain.ca, &svid).await.unwrap_err();
+        assert_eq!(joined.server.ended("drained").await["listener"], "second");
+        joined.server.metric_reaches("portcullis_connections_total", &[("cause", "drained")], 1.0).await;
+    }
+    assert_eq!(*joined.workload.accepted.borrow(), 0);
+}
+
+#[tokio::test]
 async fn sigterm_drains() {
     let mut joined = Joined::start("", "drain_timeout: 10m\n").await;
     let mut live = joined.connected().await;

@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::harness::{Domain, Echo, Proxy, echo, free_port, portcullis, soon};
-use crate::testing::{Spec, TestCa};
+use crate::testing::{Issued, Spec, TestCa};
 
 /// A server's sidecar of a.example that trusts b.example too, and a way to come to it as anybody.
 struct World {
@@ -18,6 +18,29 @@ struct World {
     unknown: TestCa,
     workload: Echo,
     proxy: Proxy,
+}
+
+/// Whether bytes come back over a connection that begins its handshake now, as this client; else what went wrong.
+pub async fn gets_through(stream: TcpStream, server: &TestCa, svid: &Issued) -> std::io::Result<()> {
+    let mut roots = RootCertStore::empty();
+    roots.add(server.root()).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_client_auth_cert(svid.chain.clone(), svid.key())
+        .unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    let through = async {
+        let mut stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
+        stream.write_all(b"may I?").await?;
+        let mut back = [0; 6];
+        stream.read_exact(&mut back).await?;
+        assert_eq!(&back, b"may I?");
+        stream.shutdown().await
+    };
+    soon("the fate of a client", through).await
 }
 
 /// What became of a client.
@@ -49,26 +72,8 @@ impl World {
             .find(|ca| id.starts_with(&format!("spiffe://{}/", ca.domain())))
             .unwrap();
         let svid = ca.issue(&Spec::leaf(id));
-        let mut roots = RootCertStore::empty();
-        roots.add(self.domain.ca.root()).unwrap();
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_client_auth_cert(svid.chain.clone(), svid.key())
-            .unwrap();
         let stream = TcpStream::connect(address).await.unwrap();
-        let name = ServerName::try_from("localhost").unwrap();
-        let through = async {
-            let mut stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
-            stream.write_all(b"may I?").await?;
-            let mut back = [0; 6];
-            stream.read_exact(&mut back).await?;
-            stream.shutdown().await?;
-            Ok::<_, std::io::Error>(&back == b"may I?")
-        };
-        soon("the fate of a client", through).await.unwrap_or(false)
+        gets_through(stream, &self.domain.ca, &svid).await.is_ok()
     }
 
     async fn fate(&mut self, id: &str, listener: &str) -> Fate {
