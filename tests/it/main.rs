@@ -11,12 +11,17 @@
     clippy::indexing_slicing
 )]
 
+mod client;
 mod harness;
+mod seen;
 #[path = "../../src/testing.rs"]
 mod testing;
 
 mod basics;
 mod cli;
+mod demo;
+mod hostile;
+mod openssl;
 mod operations;
 mod policy;
 mod postgres;

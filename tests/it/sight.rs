@@ -96,7 +96,13 @@ async fn readiness_names_what_it_waits_for() {
     let config = identity + &inbound_listener("in", workload.address, &domain.id("/client"), "");
     let mut server = Proxy::start(domain.path(), "server", &config).await;
     assert_eq!(server.get("/livez").await, (200, "alive\n".into()));
-    assert_eq!(server.get("/readyz").await, (503, "waiting for: identity\n".into()));
+    let text = until("the reason", || async {
+        let (status, text) = server.get("/readyz").await;
+        assert_eq!(status, 503);
+        text.contains("server.key").then_some(text)
+    })
+    .await;
+    assert!(text.starts_with("waiting for: identity\nidentity: "), "{text}");
     let state = server.state().await;
     assert_eq!((&state["ready"], &state["waiting_for"][0]), (&false.into(), &"identity".into()));
     assert_eq!(state["identity"]["state"], "absent");
