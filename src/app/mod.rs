@@ -70,6 +70,7 @@ pub struct Proxy {
     current: watch::Receiver<Current>,
     traffic: Handle,
     house: Mutex<House>,
+    published: watch::Sender<bool>,
 }
 
 impl fmt::Debug for Proxy {
@@ -121,7 +122,8 @@ impl Proxy {
             outbound: BTreeMap::new(),
             config: config.clone(),
         };
-        let proxy = Arc::new(Self { shared, current, traffic, house: Mutex::new(house) });
+        let proxy =
+            Arc::new(Self { shared, current, traffic, house: Mutex::new(house), published: watch::Sender::new(false) });
         proxy.apply(config)?;
         Ok(proxy)
     }
@@ -175,6 +177,11 @@ impl Proxy {
         inbound.chain(outbound).collect()
     }
 
+    /// Whether every listener has what it needs to serve. Told after the listeners have it, never before.
+    pub fn serving(&self) -> watch::Receiver<bool> {
+        self.published.subscribe()
+    }
+
     fn house(&self) -> std::sync::MutexGuard<'_, House> {
         self.house.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -217,8 +224,13 @@ impl Proxy {
         resize(&self.shared.places, house.config.connections.max, config.connections.max);
         house.policy = policy;
         house.config = config;
-        house.inbound.retain(|name, running| keep(&inbound, name, running));
-        house.outbound.retain(|name, running| keep(&outbound, name, running));
+        let mut gone = Vec::new();
+        house.inbound.retain(|name, running| keep(&inbound, name, running, &mut gone));
+        house.outbound.retain(|name, running| keep(&outbound, name, running, &mut gone));
+        // The state of these is never swapped again, so nobody may finish a handshake by it.
+        self.shared.registry.stop_all(Cause::Drained, |entry| {
+            entry.peer().is_none() && gone.iter().any(|name| **name == *entry.listener)
+        });
         let identity = self.current.borrow().identity.clone();
         self.renew_trust(&mut house, identity.as_ref());
         for (name, declared, listener) in new_inbound {
@@ -307,18 +319,29 @@ impl Proxy {
         if ended > 0 {
             tracing::info!(ended, "live connections were judged again and ended");
         }
+        let serving = house.inbound.values().all(|running| running.listener.state.load().tls.is_some())
+            && house.outbound.values().all(|running| running.listener.state.load().tls.is_some());
+        self.published.send_replace(serving);
     }
 
     /// Stops accepting, waits up to `timeout` for open connections to end, then ends the rest. Answers how many those
     /// were.
     pub async fn drain(&self, timeout: Duration) -> usize {
-        {
+        let stops: Vec<watch::Sender<bool>> = {
             let house = self.house();
             let inbound = house.inbound.values().map(|running| &running.stop);
-            for stop in inbound.chain(house.outbound.values().map(|running| &running.stop)) {
-                stop.send_replace(true);
-            }
+            inbound.chain(house.outbound.values().map(|running| &running.stop)).cloned().collect()
+        };
+        for stop in &stops {
+            stop.send_replace(true);
         }
+        // Sockets are closed, and the files of Unix sockets removed, before the process may end.
+        let closed = async {
+            for stop in &stops {
+                stop.closed().await;
+            }
+        };
+        let _ = tokio::time::timeout(Duration::from_secs(1), closed).await;
         if tokio::time::timeout(timeout, self.shared.registry.until_empty()).await.is_ok() {
             return 0;
         }
@@ -394,11 +417,12 @@ fn bind_new<L>(
         .collect()
 }
 
-/// Whether a running listener stays; one that does not is told to stop.
-fn keep<L>(declared: &[(String, Address)], name: &str, running: &Running<L>) -> bool {
+/// Whether a running listener stays; one that does not is told to stop, and its name written down.
+fn keep<L>(declared: &[(String, Address)], name: &str, running: &Running<L>, gone: &mut Vec<String>) -> bool {
     let stays = declared.iter().any(|(other, address)| other == name && *address == running.declared);
     if !stays {
         let _ = running.stop.send(true);
+        gone.push(name.to_owned());
     }
     stays
 }

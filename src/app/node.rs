@@ -90,7 +90,8 @@ impl Node {
         let mut tasks = JoinSet::new();
         tasks.spawn(keeper.run(source));
         tasks.spawn(Arc::clone(&proxy).follow());
-        tasks.spawn(watch_identity(current, Arc::clone(&sight), readiness.clone(), waiting));
+        tasks.spawn(watch_identity(current.clone(), Arc::clone(&sight)));
+        tasks.spawn(watch_serving(proxy.serving(), current, readiness.clone(), waiting));
         tasks.spawn(server.run(Sources {
             readiness: readiness.clone(),
             metrics: {
@@ -166,28 +167,42 @@ impl Node {
     }
 }
 
-/// Tells metrics, readiness and log of every change of the identity.
-async fn watch_identity(
+/// Tells the metrics of every change of the identity.
+async fn watch_identity(mut current: watch::Receiver<Current>, sight: Arc<Sight>) {
+    loop {
+        sight.metrics.identity(&current.borrow_and_update());
+        if current.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Ready means that a connection is served, not that an identity is on its way to the listeners.
+async fn watch_serving(
+    mut serving: watch::Receiver<bool>,
     mut current: watch::Receiver<Current>,
-    sight: Arc<Sight>,
     readiness: Readiness,
     waiting: crate::admin::Token,
 ) {
     let mut waiting = Some(waiting);
     loop {
+        match (*serving.borrow_and_update(), waiting.is_some()) {
+            (true, true) => waiting = None,
+            (false, false) => waiting = Some(readiness.wait_for("identity")),
+            _ => {}
+        }
         {
+            // Looked at even when nobody waits, or it would count as changed for ever.
             let now = current.borrow_and_update();
-            sight.metrics.identity(&now);
-            match (&now.identity, waiting.is_some()) {
-                (Some(_), true) => waiting = None,
-                (None, false) => waiting = Some(readiness.wait_for("identity")),
-                _ => {}
-            }
             if let Some(token) = &waiting {
                 token.because(now.why.as_str());
             }
         }
-        if current.changed().await.is_err() {
+        let changed = tokio::select! {
+            changed = serving.changed() => changed,
+            changed = current.changed() => changed,
+        };
+        if changed.is_err() {
             return;
         }
     }

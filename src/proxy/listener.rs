@@ -301,7 +301,11 @@ pub async fn accept_loop<S, F>(
     loop {
         let accepted = tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop) => return,
+            _ = stop.wait_for(|stop| *stop) => {
+                // Before `stop`, whose end tells that the socket is closed.
+                drop(listener);
+                return;
+            }
             accepted = listener.accept() => accepted,
         };
         match accepted {

@@ -346,3 +346,140 @@ pub async fn exchange(stream: &mut TcpStream, text: &[u8]) -> std::io::Result<()
     assert_eq!(back, text);
     Ok(())
 }
+
+impl Proxy {
+    /// The next line of the access log that `pick` wants, as JSON.
+    pub async fn record(&mut self, what: &str, pick: impl Fn(&serde_json::Value) -> bool) -> serde_json::Value {
+        let read = |line: &str| {
+            let line: serde_json::Value = serde_json::from_str(line).ok()?;
+            (line["target"] == "portcullis::access" && pick(&line)).then_some(line)
+        };
+        self.running.line(what, read).await
+    }
+
+    /// The record of the next connection that ended for this cause.
+    pub async fn ended(&mut self, cause: &str) -> serde_json::Value {
+        self.record(&format!("a connection that ended with {cause}"), |line| line["cause"] == cause).await
+    }
+
+    /// Waits for a log line that holds all these words.
+    pub async fn logged(&mut self, words: &[&str]) -> String {
+        let found = |line: &str| words.iter().all(|word| line.contains(word)).then(|| line.to_owned());
+        self.running.line(&words.join(" … "), found).await
+    }
+
+    /// Rewrites the config and says so by SIGHUP.
+    pub fn reload(&self, config: &str) {
+        self.rewrite(config);
+        self.running.signal(rustix::process::Signal::HUP);
+    }
+
+    /// Rewrites the config, and waits until it is in force.
+    pub async fn reloaded(&self, config: &str) {
+        let success = [("result", "success")];
+        let before = self.metrics().await.sum("portcullis_config_reloads_total", &success);
+        self.reload(config);
+        self.metric_reaches("portcullis_config_reloads_total", &success, before + 1.0).await;
+    }
+}
+
+/// Runs a program to its end, with this on its standard input.
+pub async fn output(command: &mut Command, input: &str) -> std::process::Output {
+    let name = format!("{command:?}");
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap_or_else(|error| panic!("{name}: {error}"));
+    let mut stdin = child.stdin.take().unwrap();
+    let feed = async move {
+        // A program that does not read its input to the end is no failure.
+        let _ = stdin.write_all(input.as_bytes()).await;
+        drop(stdin);
+    };
+    soon(&name, async { tokio::join!(feed, child.wait_with_output()).1 }).await.unwrap()
+}
+
+/// Standard output of a program that must succeed.
+pub async fn succeeds(command: &mut Command, input: &str) -> String {
+    let name = format!("{command:?}");
+    let output = output(command, input).await;
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{name}: {}\n{out}\n{err}", output.status);
+    out.into_owned()
+}
+
+/// Runs the program under test to its end: exit code, standard output, standard error.
+pub async fn portcullis(arguments: &[&str]) -> (i32, String, String) {
+    let mut command = Command::new(program());
+    let output = output(command.args(arguments).env_remove("SPIFFE_ENDPOINT_SOCKET"), "").await;
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+}
+
+/// A port that nobody listens on at this moment.
+pub async fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
+}
+
+/// A client's sidecar that runs before a server's sidecar, with an echo server behind: `out` leads to `in`.
+pub struct Joined {
+    pub domain: Domain,
+    pub workload: Echo,
+    pub server: Proxy,
+    pub client: Proxy,
+    /// The server's config without what a test has put behind it.
+    pub server_config: String,
+}
+
+impl Joined {
+    /// `inbound` goes into the listener's own map, `rest` behind the whole server config.
+    pub async fn start(inbound: &str, rest: &str) -> Self {
+        let domain = Domain::new("a.example");
+        let workload = echo().await;
+        let listener = inbound_listener("in", workload.address, &domain.id("/client"), inbound);
+        let server_config = format!("{}{listener}", domain.identity("/server"));
+        let server = Proxy::start(domain.path(), "server", &format!("{server_config}{rest}")).await;
+        server.ready().await;
+        let client = Self::client_of(&domain, &server, "/client").await;
+        Self { domain, workload, server, client, server_config }
+    }
+
+    /// A client's sidecar with this identity.
+    pub async fn client_of(domain: &Domain, server: &Proxy, path: &str) -> Proxy {
+        let config = format!(
+            "{}outbound:\n  - {{ name: out, listen: '127.0.0.1:0', to: '{}', expect: '{}' }}\n",
+            domain.identity(path),
+            server.address("in").await,
+            domain.id("/server")
+        );
+        let client = Proxy::start(domain.path(), path.trim_matches('/'), &config).await;
+        client.ready().await;
+        client
+    }
+
+    /// A connection of the client's workload.
+    pub async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.client.address("out").await).await.unwrap()
+    }
+
+    /// A connection that has carried bytes both ways.
+    pub async fn connected(&self) -> TcpStream {
+        let mut stream = self.connect().await;
+        exchange(&mut stream, b"first").await.unwrap();
+        stream
+    }
+}
+
+/// The `inbound:` part with one listener.
+pub fn inbound_listener(name: &str, to: SocketAddr, allow: &str, more: &str) -> String {
+    format!("inbound:\n  - {{ name: {name}, listen: '127.0.0.1:0', to: '{to}', allow: ['{allow}']{more} }}\n")
+}
+
+/// Reads until the other side ends; a reset is an error.
+pub async fn rest_of(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    soon("the end of a connection", stream.read_to_end(&mut bytes)).await.map(|_| bytes)
+}

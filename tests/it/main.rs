@@ -18,6 +18,11 @@ mod seen;
 mod testing;
 
 mod basics;
+mod cli;
 mod demo;
 mod hostile;
 mod openssl;
+mod operations;
+mod policy;
+mod postgres;
+mod sight;
