@@ -1,5 +1,12 @@
 //! The data path beside a bare tokio-rustls relay: throughput, CPU for each request, time to the first byte. See README.md here.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout
+)]
 
 mod support;
 

@@ -2,7 +2,14 @@
 //!
 //! Both sides run on one thread and talk through memory, so that no system call blurs the picture; a side's figure is
 //! the time spent in its own polls.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout
+)]
 
 mod support;
 
@@ -119,7 +126,7 @@ fn handshakes(c: &mut Criterion) {
                 let fresh = std::cell::RefCell::new(server_tls(&profile, &identity));
                 b.iter_custom(|n| {
                     let server = |round: u64| {
-                        if round % CLIENTS as u64 == 0 {
+                        if round.is_multiple_of(CLIENTS as u64) {
                             fresh.replace(server_tls(&profile, &identity));
                         }
                         Server::Ours(Arc::clone(&fresh.borrow()))

@@ -1,7 +1,14 @@
 //! Resident memory and start-up of the real program: idle, with idle mTLS connections, and after they have closed.
 //!
 //! Not a criterion bench: each figure is one reading of one process. See README.md here.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout
+)]
 
 mod support;
 
@@ -106,7 +113,7 @@ fn main() {
         while let Ok((stream, _)) = workload.accept() {
             kept.push(stream);
             // Those that the proxy has closed are let go.
-            if kept.len() % 512 == 0 {
+            if kept.len().is_multiple_of(512) {
                 kept.retain(|stream: &TcpStream| {
                     stream.set_nonblocking(true).unwrap();
                     !matches!(stream.peek(&mut [0]), Ok(0))
