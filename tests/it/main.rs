@@ -15,4 +15,6 @@ mod harness;
 #[path = "../../src/testing.rs"]
 mod testing;
 
+mod agent;
+mod authority;
 mod basics;
