@@ -18,3 +18,4 @@ mod testing;
 mod agent;
 mod authority;
 mod basics;
+mod spiffe;
