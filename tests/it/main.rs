@@ -18,4 +18,6 @@ mod testing;
 mod agent;
 mod authority;
 mod basics;
+mod envoy;
+mod rotation;
 mod spiffe;
