@@ -237,6 +237,22 @@ async fn a_state_directory_that_others_may_read_is_refused() {
 }
 
 #[tokio::test]
+async fn a_bundle_file_that_a_reload_names_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut agent = Agent::start(dir.path(), "lab", &lab(&entry("spiffe://lab.example/web", &own_uid(), ""))).await;
+    for name in ["one.json", "other.json"] {
+        let file = dir.path().join(name);
+        let more = format!("bundle_file: {}\n", file.display());
+        agent.reload(&config("lab.example", &more, &entry("spiffe://lab.example/web", &own_uid(), ""))).await;
+        until("the bundle file", async || {
+            let document: Value = serde_json::from_slice(&std::fs::read(&file).ok()?).ok()?;
+            (document["keys"].as_array()?.len() == 1).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
 async fn two_authorities_federate_by_their_bundle_files() {
     let dir = tempfile::tempdir().unwrap();
     let file = |domain: &str| dir.path().join(format!("{domain}.json"));

@@ -28,7 +28,7 @@ const MAKERS: usize = 4;
 /// Between two exchanges, and between two new connections of a task.
 const PACE: Duration = Duration::from_millis(10);
 
-/// What was exchanged, and what failed in which words.
+/// What was done.
 #[derive(Default)]
 struct Tally {
     exchanges: AtomicU64,
@@ -99,7 +99,7 @@ async fn traffic_goes_on_while_svids_and_the_ca_rotate() {
         entry(client_id, &own_uid(), "")
     );
     let agent = Agent::start(dir.path(), "lab", &config).await;
-    // A connection outlives the SVIDs it began with, and goes on: that is what these tests are about.
+    // A connection outlives the SVIDs it began with, and goes on: that is what this test is about.
     let keep = "connections: { on_peer_expiry: keep }\n";
     let workload = echo().await;
     let server = format!(
@@ -119,6 +119,8 @@ async fn traffic_goes_on_while_svids_and_the_ca_rotate() {
     let address = client.address("up").await;
     let both = [&server, &client];
 
+    let mut before = TcpStream::connect(address).await.unwrap();
+    exchange(&mut before, b"under the first CA").await.unwrap();
     let tally = Arc::new(Tally::default());
     let (stop, stopped) = watch::channel(false);
     let mut traffic = JoinSet::new();
@@ -188,9 +190,24 @@ async fn traffic_goes_on_while_svids_and_the_ca_rotate() {
         let all = metrics.sum("portcullis_connections_total", &[("direction", direction)]);
         assert_eq!(all, metrics.sum("portcullis_connections_total", &[("cause", "done")]), "every one ended in order");
         assert_eq!(metrics.sum("portcullis_tls_handshakes_total", &[("result", "failure")]), 0.0);
-        assert_eq!(metrics.sum("portcullis_tls_handshakes_total", &[("result", "success")]), all);
+        assert_eq!(metrics.sum("portcullis_tls_handshakes_total", &[("result", "success")]), all + 1.0);
     }
-    // The new CA signs alone by now, and its certificate proves the handshakes of today.
-    drop(operator);
+    // And the second CA is the one that signs: without the first, a connection of today is still good on both sides. One
+    // from the beginning has lived as long as its CA was trusted, and no longer.
+    exchange(&mut before, b"half a minute later").await.unwrap();
+    let mut after = TcpStream::connect(address).await.unwrap();
+    exchange(&mut after, b"under the second CA").await.unwrap();
+    operator.retire_old_cas(Duration::ZERO).await.unwrap();
+    know(&both, 1).await;
+    let error = soon("the end of the oldest connection", before.read(&mut [0; 8])).await.unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    exchange(&mut after, b"still under the second CA").await.unwrap();
+    let ended = [("cause", "bundle_changed")];
+    let mut changed = 0.0;
+    for proxy in both {
+        changed += proxy.metrics().await.sum("portcullis_connections_total", &ended);
+    }
+    assert!(changed >= 1.0);
+    drop(after);
     agent.stop().await;
 }

@@ -281,20 +281,18 @@ async fn federated_trust_domains_reach_each_other() {
 #[tokio::test]
 async fn a_trust_domain_that_we_do_not_federate_with_is_unknown() {
     let dir = tempfile::tempdir().unwrap();
-    let ours = Agent::start(dir.path(), "lab", &authority(&entries("lab.example", ""))).await;
+    let told = dir.path().join("lab.json");
+    let ours = format!("bundle_file: {}\n", told.display()) + &authority(&entries("lab.example", ""));
+    let ours = Agent::start(dir.path(), "lab", &ours).await;
     // It knows us, we do not know it.
     let theirs = format!(
         "trust_domain: b.example\nfederates_with: {{ lab.example: {} }}\nentries:\n{}",
-        dir.path().join("lab.json").display(),
+        told.display(),
         entries("b.example", "")
     );
-    let mut ours_told = ours;
-    let told = format!("bundle_file: {}\n", dir.path().join("lab.json").display());
-    ours_told.reload(&(told + &authority(&entries("lab.example", "")))).await;
-    until("the bundle file", async || dir.path().join("lab.json").exists().then_some(())).await;
     let b = Agent::start(dir.path(), "b", &theirs).await;
     let workload = echo().await;
-    let config = ours_told.identity() + &inbound(workload.address, "spiffe://b.example/go-client", "");
+    let config = ours.identity() + &inbound(workload.address, "spiffe://b.example/go-client", "");
     let proxy = Proxy::start(dir.path(), "proxy", &config).await;
     proxy.ready().await;
     let seen = connect(&b, proxy.address("api").await, PROXY, &[]).await;
