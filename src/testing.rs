@@ -149,6 +149,7 @@ impl Spec {
     }
 
     /// With these basic constraints instead ([`IsCa::NoCa`] leaves the extension out).
+    #[allow(clippy::wrong_self_convention)]
     pub fn is_ca(mut self, is_ca: IsCa) -> Self {
         self.is_ca = is_ca;
         self

@@ -1,5 +1,5 @@
 //! What the benches share: a throwaway authority, identities, and the CPU time of this thread.
-#![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used)]
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used, clippy::expect_used)]
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -52,6 +52,29 @@ impl Ca {
     pub fn issue(&self, id: &str) -> Leaf {
         let issued = self.ca.issue(&testing::Spec::leaf(id).key(self.keys).dns("localhost"));
         Leaf { chain: issued.chain.clone(), key: issued.key() }
+    }
+
+    /// Writes a leaf and the bundle as PEM files; answers the `identity:` part of a config.
+    pub fn write_files(&self, dir: &std::path::Path, leaf: &Leaf) -> String {
+        use std::os::unix::fs::OpenOptionsExt;
+        let pem = |kind: &str, der: &[u8]| {
+            use base64::Engine;
+            let text = base64::engine::general_purpose::STANDARD.encode(der);
+            let lines: Vec<&str> = text.as_bytes().chunks(64).map(|line| std::str::from_utf8(line).unwrap()).collect();
+            format!("-----BEGIN {kind}-----\n{}\n-----END {kind}-----\n", lines.join("\n"))
+        };
+        let write = |name: &str, text: String| {
+            let path = dir.join(name);
+            let mut file = std::fs::OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&path);
+            std::io::Write::write_all(file.as_mut().unwrap(), text.as_bytes()).unwrap();
+            path.display().to_string()
+        };
+        let certificate = write("own.crt", leaf.chain.iter().map(|cert| pem("CERTIFICATE", cert)).collect());
+        let key = write("own.key", pem("PRIVATE KEY", leaf.key.secret_der()));
+        let bundle = write("bundle.pem", pem("CERTIFICATE", &self.der()));
+        format!(
+            "identity: {{files: {{certificate: {certificate}, key: {key}, bundles: {{bench.example: {bundle}}}}}}}\n"
+        )
     }
 
     pub fn identity(&self, leaf: &Leaf) -> Arc<Identity> {

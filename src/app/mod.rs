@@ -151,6 +151,12 @@ impl Proxy {
         self.house().trust.as_ref().map_or((0, 0), |trust| trust.memory_counts())
     }
 
+    /// How many handshakes hold one of the places that `tls.max_handshakes` allows.
+    pub fn handshakes_in_progress(&self) -> usize {
+        let house = self.house();
+        house.profile.max_handshakes.saturating_sub(house.slots.available_permits())
+    }
+
     /// All listeners.
     pub fn listeners(&self) -> Vec<ListenerInfo> {
         let house = self.house();

@@ -6,7 +6,6 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
@@ -14,7 +13,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::Proxy;
-use crate::admin::{Readiness, Server, Sources};
+use crate::admin::{Pulse, Readiness, Server, Sources};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::identity::keeper::{Current, Keeper, KeeperOptions};
@@ -22,12 +21,11 @@ use crate::identity::source::Source;
 use crate::policy::Decision;
 use crate::proxy::record::{ConnectionRecord, Observer};
 use crate::telemetry::{Metrics, access};
+use crate::tls::Profile;
 use crate::tls::record::{Direction, HandshakeRecord};
 
 /// How many open connections `/state` lists.
 const LISTED: usize = 1000;
-/// How long the data path may take to answer `/livez`.
-const ALIVE_WITHIN: Duration = Duration::from_secs(1);
 
 /// A proxy with its keeper, metrics and admin server. What runs beside the data path ends when it is dropped.
 #[derive(Debug)]
@@ -82,7 +80,8 @@ impl Node {
         let admin = server.local_addr();
         let options = KeeperOptions::from_config(&config.identity, config.tls.svid_keys);
         let (keeper, current) = Keeper::new(options, clock.clone());
-        let metrics = Metrics::new(&config.labels, config.telemetry.max_peers, config.tls.fips)
+        let profile = Profile::from_config(&config.tls).map_err(|error| error.to_string())?;
+        let metrics = Metrics::new(&config.labels, config.telemetry.max_peers, profile.fips())
             .map_err(|error| format!("the metrics cannot be set up: {error}"))?;
         let sight = Arc::new(Sight { metrics, access_log: config.telemetry.access_log.into() });
         let observer = Arc::clone(&sight) as Arc<dyn Observer>;
@@ -98,6 +97,7 @@ impl Node {
                 let (sight, proxy) = (Arc::clone(&sight), Arc::clone(&proxy));
                 Box::new(move || {
                     sight.metrics.chain_memory(proxy.chain_memory());
+                    sight.metrics.handshakes_in_progress(proxy.handshakes_in_progress());
                     sight.metrics.render()
                 })
             },
@@ -105,10 +105,10 @@ impl Node {
                 let (proxy, readiness) = (Arc::clone(&proxy), readiness.clone());
                 Box::new(move || state(&proxy, &readiness))
             },
-            alive: Box::new(move || {
-                let beat = traffic.spawn(async {});
-                Box::pin(async move { tokio::time::timeout(ALIVE_WITHIN, beat).await.is_ok_and(|beat| beat.is_ok()) })
-            }),
+            alive: {
+                let pulse = Pulse::new(traffic);
+                Box::new(move || Box::pin(pulse.clone().alive()))
+            },
         }));
         Ok(Self { proxy, sight, readiness, admin, _tasks: tasks })
     }
@@ -182,6 +182,9 @@ async fn watch_identity(
                 (Some(_), true) => waiting = None,
                 (None, false) => waiting = Some(readiness.wait_for("identity")),
                 _ => {}
+            }
+            if let Some(token) = &waiting {
+                token.because(now.why.as_str());
             }
         }
         if current.changed().await.is_err() {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::attest::Selectors;
 use super::{Options, SvidKey, SvidRequest};
-use crate::config::schema::Span;
+use crate::config::schema::{LogFormat, Span};
 use crate::identity::{SpiffeId, TrustDomain};
 
 /// The largest config file that is read, in bytes.
@@ -53,6 +53,16 @@ pub struct AuthorityConfig {
     /// Where our own bundle is written as a SPIFFE bundle document, for others to federate with; kept up to date.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bundle_file: Option<PathBuf>,
+    /// Form of the log lines.
+    #[serde(default)]
+    pub log_format: LogFormat,
+    /// `error`, `warn`, `info`, `debug` or a filter such as `portcullis::authority=debug,info`.
+    #[serde(default = "log_level")]
+    pub log_level: String,
+}
+
+fn log_level() -> String {
+    "info".into()
 }
 
 fn svid_ttl() -> Span {

@@ -69,6 +69,7 @@ pub async fn serve(
     if let Some(path) = &config.bundle_file {
         write_bundle(&authority, path).map_err(|e| ServeError::BundleFile(path.clone(), e))?;
     }
+    warn_of_links(&config);
     let server =
         WorkloadApiServer::bind(authority.clone(), &config.socket, config.socket_mode.0, config.entries.clone())
             .map_err(ServeError::Socket)?;
@@ -90,6 +91,23 @@ pub async fn serve(
 
 fn places(config: &AuthorityConfig) -> Result<BTreeMap<TrustDomain, Place>, String> {
     config.federates_with.iter().map(|(d, f)| Ok((d.clone(), Place::from_config(f)?))).collect()
+}
+
+/// The kernel names executables by their real path; an entry that names a link never fits.
+fn warn_of_links(config: &AuthorityConfig) {
+    for entry in &config.entries {
+        if let Some(path) = &entry.selectors.path
+            && let Ok(real) = path.canonicalize()
+            && real != *path
+        {
+            tracing::warn!(
+                spiffe_id = %entry.spiffe_id,
+                path = %path.display(),
+                real = %real.display(),
+                "the path selector leads over a link, so it fits nobody; write the real path"
+            );
+        }
+    }
 }
 
 fn write_bundle(authority: &Authority, path: &Path) -> std::io::Result<()> {
@@ -176,6 +194,7 @@ impl Upkeep {
             self.places = places;
         }
         if config.entries != self.config.entries {
+            warn_of_links(&config);
             self.entries.set(config.entries.clone());
         }
         self.config = config;

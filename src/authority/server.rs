@@ -109,7 +109,7 @@ impl WorkloadApiServer {
     }
 
     /// Serves until `shutdown` is ready, then closes all connections. CA and SVIDs move on only while somebody calls
-    /// [`Authority::maintain`]; [`super::serve`] does.
+    /// [`Authority::maintain`]; [`super::serve`] does, and [`Authority::upkeep`] is there for others.
     pub async fn run(self, shutdown: impl Future<Output = ()>) {
         let mut connections = JoinSet::new();
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));

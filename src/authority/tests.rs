@@ -1,6 +1,7 @@
 use super::*;
 use crate::clock::SteppedClock;
 use crate::config::schema::{EmbeddedIdentity, Span};
+use crate::identity::SpiffeId;
 use crate::identity::source::{Event, Source, Update};
 
 const NOW: u64 = 1_800_000_000;
@@ -219,4 +220,37 @@ fn a_foreign_bundle_is_published_and_forgotten() {
     assert_eq!(ours.published().bundles.authorities("else.test").unwrap().len(), 1);
     ours.remove_foreign_bundle(theirs.trust_domain()).unwrap();
     assert!(ours.published().bundles.authorities("else.test").is_none());
+}
+
+#[tokio::test]
+async fn an_embedded_identity_knows_its_federated_domains_from_the_first_moment() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("else.json");
+    let theirs = Authority::open(
+        Options { trust_domain: TrustDomain::parse("else.test").unwrap(), ..options(60, 3600) },
+        Clock::system(),
+    )
+    .unwrap();
+    std::fs::write(&path, theirs.bundle_document().write().unwrap()).unwrap();
+    let mut config = EmbeddedIdentity {
+        spiffe_id: web().id,
+        svid_ttl: Span::seconds(60),
+        state_dir: None,
+        federates_with: [(theirs.trust_domain().clone(), path.to_str().unwrap().to_owned())].into(),
+    };
+    let mut source = EmbeddedSource::from_config(&config, Clock::system()).unwrap();
+    assert_eq!(update(&mut source).await.bundles.authorities("else.test").unwrap().len(), 1);
+    config.federates_with = [(theirs.trust_domain().clone(), "http://else.test/".to_owned())].into();
+    let error = EmbeddedSource::from_config(&config, Clock::system()).unwrap_err();
+    assert!(error.to_string().contains("federates_with"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_is_set_back_makes_a_new_svid() {
+    let clock = SteppedClock::starting_at(NOW);
+    let authority = Authority::open(options(3600, 86_400), clock.clock()).unwrap();
+    let svid = authority.issue(&web()).unwrap();
+    assert!(!svid.due(NOW) && !svid.due(NOW - 10));
+    assert!(svid.due(NOW - 11));
+    assert!(!svid.due(NOW + 1600) && svid.due(NOW + 2000));
 }

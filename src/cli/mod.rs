@@ -140,10 +140,10 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 pub fn execute(command: Command, streams: &mut Streams<'_>) -> Outcome {
     match command {
         Command::Run(args) => run::run(&args),
-        Command::Demo(args) => demo::demo(&args),
+        Command::Demo(args) => demo::demo(&args, streams),
         Command::Check(args) => check::check(&args, streams),
         Command::Explain(args) => explain::explain(&args, streams),
-        Command::Authority(args) => authority::authority(&args),
+        Command::Authority(args) => authority::authority(&args, streams),
         Command::Completions(args) => completions::completions(&args, streams),
         Command::Man(args) => man::man(&args, streams),
         Command::Schema => schema::schema(streams),

@@ -15,7 +15,7 @@ use crate::config::schema::ProxyProtocol;
 use crate::policy::Admitted;
 use crate::tls::reason::Reason;
 use crate::tls::record::{Direction, Failure, HandshakeRecord};
-use crate::tls::{Authenticated, server};
+use crate::tls::{Authenticated, ReadAhead, server};
 
 /// How long the workload may take to accept.
 const WORKLOAD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -55,7 +55,7 @@ async fn open(
     connection.set_local(tls.identity().svid.id());
     let server = stream.local_addr().ok();
     let deadline = accepted_at + state.profile.handshake_timeout;
-    let (record, authenticated) = server::accept(stream, tls, &state.slots, deadline).await;
+    let (record, authenticated) = server::accept(ReadAhead::new(stream), tls, &state.slots, deadline).await;
     connection.handshake(&record);
     let Some(authenticated) = authenticated else {
         if let Some(claimed) = &record.claimed {

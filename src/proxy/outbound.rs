@@ -13,7 +13,7 @@ use super::upstream;
 use crate::policy::Admitted;
 use crate::tls::reason::Reason;
 use crate::tls::record::Direction;
-use crate::tls::{Authenticated, client};
+use crate::tls::{Authenticated, ReadAhead, client};
 
 pub(super) async fn serve(accepted: Accepted, listener: Arc<Outbound>, shared: Arc<Shared>) {
     let mut connection = Connection::open(&shared, Direction::Outbound, &listener.name, accepted.client);
@@ -64,7 +64,8 @@ async fn open(
             };
             let deadline = Instant::now() + state.profile.handshake_timeout;
             let (record, authenticated) =
-                client::connect(stream, host.server_name(), Arc::clone(&tls), &state.slots, deadline).await;
+                client::connect(ReadAhead::new(stream), host.server_name(), Arc::clone(&tls), &state.slots, deadline)
+                    .await;
             connection.handshake(&record);
             if let Some(authenticated) = authenticated {
                 return admit(connection, authenticated, listener, &state, shared);

@@ -97,7 +97,7 @@ impl Half {
         (w, writing): (&mut W, Side),
     ) -> HalfResult
     where
-        R: AsyncRead + Unpin,
+        R: AsyncRead + AsyncWrite + Unpin,
         W: AsyncWrite + Unpin,
     {
         for _ in 0..ROUNDS {
@@ -142,7 +142,7 @@ impl Half {
     /// Reads what there is into the lent buffer and writes it out. Ready: there may be more.
     fn pass<R, W>(&mut self, cx: &mut Context<'_>, r: &mut R, (w, writing): (&mut W, Side)) -> HalfResult
     where
-        R: AsyncRead + Unpin,
+        R: AsyncRead + AsyncWrite + Unpin,
         W: AsyncWrite + Unpin,
     {
         BUFFER.with_borrow_mut(|buffer| {
@@ -159,6 +159,11 @@ impl Half {
                     Poll::Ready(Ok(())) => {}
                     Poll::Ready(Err(error)) => self.deferred = Some(Err(error)),
                 }
+            }
+            if dry {
+                // TLS may owe its peer an answer of its own (no_renegotiation, a key update), and the peer may wait for it.
+                // What fails here fails at the next read or write.
+                let _ = Pin::new(&mut *r).poll_flush(cx);
             }
             let mut rest = lent.filled();
             self.moved += rest.len() as u64;

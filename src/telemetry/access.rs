@@ -4,11 +4,11 @@
 //! cannot hold anything that needs it.
 
 use crate::config::schema::PolicyMode;
+use crate::identity::SpiffeId;
 use crate::proxy::record::{Cause, ConnectionRecord};
 
 /// Writes the line of one connection under the target `portcullis::access`.
 pub fn write(record: &ConnectionRecord) {
-    let text = |id: &Option<crate::identity::SpiffeId>| id.as_ref().map(|id| id.as_str().to_owned());
     let tls = record.tls.as_ref();
     let (rule, mode) = match &record.rule {
         Some((rule, mode)) => (Some(&**rule), Some(if *mode == PolicyMode::Audit { "audit" } else { "enforce" })),
@@ -25,15 +25,17 @@ pub fn write(record: &ConnectionRecord) {
         direction = record.direction.as_str(),
         client = record.client,
         upstream = record.upstream,
-        peer = text(&record.peer),
-        local = text(&record.local),
+        peer = record.peer.as_ref().map(SpiffeId::as_str),
+        local = record.local.as_ref().map(SpiffeId::as_str),
         rule,
         mode,
         tls_version = tls.map(|tls| tls.version),
         cipher_suite = tls.map(|tls| tls.cipher_suite),
         group = tls.map(|tls| tls.group),
+        signature = tls.map(|tls| tls.signature),
         key_type = tls.map(|tls| tls.peer_key.as_str()),
         resumed = tls.map(|tls| tls.resumed),
+        compliant = tls.map(|tls| tls.compliant),
         bytes_sent = record.bytes_sent,
         bytes_received = record.bytes_received,
         duration_seconds = record.duration.as_secs_f64(),

@@ -1,14 +1,15 @@
 //! Log lines: text with colours on a terminal, JSON elsewhere, on stderr.
 //!
 //! Lines go through a bounded queue to a thread of their own: a stderr that blocks loses lines, which are counted, and never
-//! holds up a connection.
+//! holds up a connection. One event is one line, whatever texts of others it holds.
 
 use std::io::{self, IsTerminal, Write};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
 
+use tracing::Dispatch;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::{EnvFilter, Registry, layer::SubscriberExt, reload};
 
@@ -16,10 +17,37 @@ use crate::config::schema::{LogFormat, Telemetry};
 
 /// Lines that may wait to be written.
 const QUEUE: usize = 4096;
+/// The longest that [`Log::flush`] waits.
+const FLUSH: Duration = Duration::from_secs(1);
+
+/// A process has one log, and every proxy in it tells of its losses.
+static LOST: OnceLock<Arc<AtomicU64>> = OnceLock::new();
+
+/// How many lines the process's log has lost so far because stderr was too slow; none without a log.
+pub(super) fn lines_lost() -> Option<u64> {
+    LOST.get().map(|lost| lost.load(Ordering::Relaxed))
+}
 
 enum Message {
     Line(Vec<u8>),
     Flush(SyncSender<()>),
+}
+
+/// Which form lines have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Text { colours: bool },
+    Json,
+}
+
+impl Form {
+    fn of(format: LogFormat, terminal: bool) -> Self {
+        match format {
+            LogFormat::Json => Self::Json,
+            LogFormat::Auto if !terminal => Self::Json,
+            LogFormat::Auto | LogFormat::Text => Self::Text { colours: terminal },
+        }
+    }
 }
 
 /// Where log lines go.
@@ -27,18 +55,39 @@ enum Message {
 struct Lines {
     queue: SyncSender<Message>,
     lost: Arc<AtomicU64>,
+    form: Form,
 }
 
 impl Write for Lines {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if self.queue.try_send(Message::Line(line.to_vec())).is_err() {
+    /// Takes one event, as the formatter gives it.
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let line = match self.form {
+            Form::Json => event.to_vec(),
+            Form::Text { .. } => one_line(event),
+        };
+        if self.queue.try_send(Message::Line(line)).is_err() {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
-        Ok(line.len())
+        Ok(event.len())
     }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// The text formatter escapes terminal sequences but lets line breaks of a message through, and with them forged lines.
+fn one_line(event: &[u8]) -> Vec<u8> {
+    let event = event.strip_suffix(b"\n").unwrap_or(event);
+    let mut line = Vec::with_capacity(event.len() + 1);
+    for byte in event {
+        match byte {
+            b'\n' => line.extend(b"\\n"),
+            b'\r' => line.extend(b"\\r"),
+            other => line.push(*other),
+        }
+    }
+    line.push(b'\n');
+    line
 }
 
 impl<'a> MakeWriter<'a> for Lines {
@@ -48,7 +97,7 @@ impl<'a> MakeWriter<'a> for Lines {
     }
 }
 
-fn write_all(lines: &Receiver<Message>, lost: &AtomicU64, mut out: impl Write) {
+fn write_all(lines: &Receiver<Message>, lost: &AtomicU64, form: Form, mut out: impl Write) {
     let mut told = 0;
     loop {
         match lines.recv_timeout(Duration::from_secs(1)) {
@@ -62,8 +111,41 @@ fn write_all(lines: &Receiver<Message>, lost: &AtomicU64, mut out: impl Write) {
         }
         let now = lost.load(Ordering::Relaxed);
         if now > told {
-            let _ = writeln!(out, "portcullis: {} log lines were lost because stderr is too slow", now - told);
+            let _ = out.write_all(loss(form, now - told).as_bytes());
             told = now;
+        }
+    }
+}
+
+/// The line that tells of lost ones, in the form of all others.
+fn loss(form: Form, lines: u64) -> String {
+    let message = format!("{lines} log lines were lost because stderr is too slow");
+    let now = humantime::format_rfc3339_micros(SystemTime::now());
+    let target = module_path!();
+    match form {
+        Form::Text { .. } => format!("{now}  WARN {target}: {message}\n"),
+        Form::Json => {
+            let line = serde_json::json!({
+                "timestamp": now.to_string(),
+                "level": "WARN",
+                "message": message,
+                "lost": lines,
+                "target": target,
+            });
+            format!("{line}\n")
+        }
+    }
+}
+
+/// What takes events and makes lines of them.
+fn dispatch(filter: reload::Layer<EnvFilter, Registry>, lines: Lines) -> Dispatch {
+    let registry = tracing_subscriber::registry().with(filter);
+    match lines.form {
+        Form::Json => {
+            Dispatch::new(registry.with(tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(lines)))
+        }
+        Form::Text { colours } => {
+            Dispatch::new(registry.with(tracing_subscriber::fmt::layer().with_ansi(colours).with_writer(lines)))
         }
     }
 }
@@ -87,29 +169,18 @@ impl Log {
     /// # Errors
     /// The filter cannot be read, or the process has a log already.
     pub fn start(telemetry: &Telemetry) -> Result<Self, String> {
-        let (queue, lines) = sync_channel(QUEUE);
+        let (queue, waiting) = sync_channel(QUEUE);
         let lost = Arc::new(AtomicU64::new(0));
-        let writer = Lines { queue: queue.clone(), lost: Arc::clone(&lost) };
+        let form = Form::of(telemetry.log_format, io::stderr().is_terminal());
+        let (filter, handle) = reload::Layer::new(filter_of(telemetry)?);
+        let lines = Lines { queue: queue.clone(), lost: Arc::clone(&lost), form };
+        tracing::dispatcher::set_global_default(dispatch(filter, lines)).map_err(|error| error.to_string())?;
+        let counted = Arc::clone(&lost);
         std::thread::Builder::new()
             .name("log".into())
-            .spawn(move || write_all(&lines, &lost, io::stderr()))
+            .spawn(move || write_all(&waiting, &counted, form, io::stderr()))
             .map_err(|error| format!("the log's thread cannot be started: {error}"))?;
-        let (filter, handle) = reload::Layer::new(filter_of(telemetry)?);
-        let terminal = io::stderr().is_terminal();
-        let json = match telemetry.log_format {
-            LogFormat::Auto => !terminal,
-            LogFormat::Text => false,
-            LogFormat::Json => true,
-        };
-        let registry = tracing_subscriber::registry().with(filter);
-        let set = if json {
-            let layer = tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(writer);
-            tracing::subscriber::set_global_default(registry.with(layer))
-        } else {
-            let layer = tracing_subscriber::fmt::layer().with_ansi(terminal).with_writer(writer);
-            tracing::subscriber::set_global_default(registry.with(layer))
-        };
-        set.map_err(|error| error.to_string())?;
+        let _ = LOST.set(lost);
         Ok(Self { filter: handle, queue })
     }
 
@@ -122,11 +193,23 @@ impl Log {
 
     /// Waits until all lines so far are written, one second at most.
     pub fn flush(&self) {
-        let (done, wait) = sync_channel(1);
-        if self.queue.try_send(Message::Flush(done)).is_ok() {
-            let _ = wait.recv_timeout(Duration::from_secs(1));
-        }
+        flush(&self.queue, FLUSH);
     }
+}
+
+/// A queue that is full is given time as well: the last lines before an end are those that matter.
+fn flush(queue: &SyncSender<Message>, most: Duration) {
+    let deadline = Instant::now() + most;
+    let (done, wait) = sync_channel(1);
+    let mut request = Message::Flush(done);
+    while let Err(TrySendError::Full(again)) = queue.try_send(request) {
+        if Instant::now() >= deadline {
+            return;
+        }
+        request = again;
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let _ = wait.recv_timeout(deadline.saturating_duration_since(Instant::now()));
 }
 
 fn filter_of(telemetry: &Telemetry) -> Result<EnvFilter, String> {
@@ -137,15 +220,32 @@ fn filter_of(telemetry: &Telemetry) -> Result<EnvFilter, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::schema::PolicyMode;
+    use crate::identity::{KeyType, SpiffeId};
     use crate::proxy::record::{Cause, ConnectionRecord};
-    use crate::tls::record::Direction;
+    use crate::tls::reason::Reason;
+    use crate::tls::record::{Direction, Negotiated};
 
-    #[test]
-    fn a_line_of_the_access_log_is_one_line_of_json_whatever_the_peer_sent() {
-        let (queue, lines) = sync_channel(16);
-        let writer = Lines { queue, lost: Arc::default() };
-        let layer = tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(writer);
-        let record = ConnectionRecord {
+    const TEXT: Form = Form::Text { colours: false };
+
+    /// What a peer would send to write into our log.
+    const HOSTILE: &str = "first bytes: \"\r\n{\"cause\":\"done\"}\u{1b}[31m\u{202e}\0\u{7f}\u{9b}2J";
+
+    /// The lines that come of what `happens`.
+    fn lines_of(form: Form, level: &str, happens: impl FnOnce(&reload::Handle<EnvFilter, Registry>)) -> Vec<String> {
+        let (queue, waiting) = sync_channel(64);
+        let lines = Lines { queue, lost: Arc::default(), form };
+        let (filter, handle) = reload::Layer::new(EnvFilter::new(level));
+        tracing::dispatcher::with_default(&dispatch(filter, lines), || happens(&handle));
+        let texts = std::iter::from_fn(|| match waiting.try_recv() {
+            Ok(Message::Line(line)) => Some(String::from_utf8(line).unwrap()),
+            _ => None,
+        });
+        texts.collect()
+    }
+
+    fn refused() -> ConnectionRecord {
+        ConnectionRecord {
             listener: "api".into(),
             direction: Direction::Inbound,
             client: "127.0.0.1:1".into(),
@@ -154,37 +254,152 @@ mod tests {
             local: None,
             rule: None,
             tls: None,
-            handshake_failure: Some(crate::tls::reason::Reason::NotTls),
+            handshake_failure: Some(Reason::NotTls),
             bytes_sent: 1,
             bytes_received: 2,
             duration: Duration::from_millis(5),
             cause: Cause::Handshake,
-            detail: "first bytes: \"\n{\"cause\":\"done\"}\u{1b}[31m".into(),
-        };
-        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
-            crate::telemetry::access::write(&record);
+            detail: HOSTILE.into(),
+        }
+    }
+
+    fn served() -> ConnectionRecord {
+        ConnectionRecord {
+            upstream: Some("127.0.0.1:8080".into()),
+            peer: Some(SpiffeId::parse("spiffe://td.example/web").unwrap()),
+            local: Some(SpiffeId::parse("spiffe://td.example/api").unwrap()),
+            rule: Some(("allow:api".into(), PolicyMode::Enforce)),
+            tls: Some(Negotiated {
+                version: "TLSv1.3",
+                cipher_suite: "TLS_AES_256_GCM_SHA384",
+                group: "X25519MLKEM768",
+                signature: "ecdsa_secp384r1_sha384",
+                peer_key: KeyType::P384,
+                resumed: false,
+                compliant: true,
+            }),
+            handshake_failure: None,
+            cause: Cause::Done,
+            detail: String::new(),
+            ..refused()
+        }
+    }
+
+    #[test]
+    fn the_access_log_in_json_is_flat_and_its_names_are_these() {
+        let lines = lines_of(Form::Json, "info", |_| crate::telemetry::access::write(&served()));
+        let [line] = lines.as_slice() else { panic!("{lines:?}") };
+        let mut json: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).unwrap();
+        let timestamp = json.remove("timestamp").unwrap();
+        assert!(humantime::parse_rfc3339(timestamp.as_str().unwrap()).is_ok(), "{timestamp}");
+        let expected = serde_json::json!({
+            "level": "INFO", "target": "portcullis::access", "message": "connection done",
+            "listener": "api", "direction": "inbound", "client": "127.0.0.1:1", "upstream": "127.0.0.1:8080",
+            "peer": "spiffe://td.example/web", "local": "spiffe://td.example/api",
+            "rule": "allow:api", "mode": "enforce",
+            "tls_version": "TLSv1.3", "cipher_suite": "TLS_AES_256_GCM_SHA384", "group": "X25519MLKEM768",
+            "signature": "ecdsa_secp384r1_sha384", "key_type": "ecdsa-p384", "resumed": false, "compliant": true,
+            "bytes_sent": 1, "bytes_received": 2, "duration_seconds": 0.005, "cause": "done",
         });
-        let Ok(Message::Line(line)) = lines.try_recv() else { panic!("no line") };
-        let text = String::from_utf8(line).unwrap();
-        assert_eq!(text.trim_end().lines().count(), 1);
-        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(serde_json::Value::Object(json), expected);
+    }
+
+    #[test]
+    fn a_line_of_the_access_log_is_one_line_of_json_whatever_the_peer_sent() {
+        let lines = lines_of(Form::Json, "info", |_| crate::telemetry::access::write(&refused()));
+        let [line] = lines.as_slice() else { panic!("{lines:?}") };
+        assert_eq!(line.trim_end().lines().count(), 1);
+        assert!(!line.trim_end().chars().any(|c| c.is_ascii_control() && c != '\u{7f}'), "{line:?}");
+        let json: serde_json::Value = serde_json::from_str(line).unwrap();
         assert_eq!(json["cause"], "handshake_failed");
         assert_eq!(json["reason"], "not_tls");
-        assert_eq!(json["detail"], record.detail);
+        assert_eq!(json["detail"], HOSTILE);
+    }
+
+    #[test]
+    fn a_line_of_the_access_log_is_one_line_of_text_whatever_the_peer_sent() {
+        for form in [TEXT, Form::Text { colours: true }] {
+            let lines = lines_of(form, "info", |_| crate::telemetry::access::write(&refused()));
+            let [line] = lines.as_slice() else { panic!("{lines:?}") };
+            let line = line.strip_suffix('\n').unwrap();
+            // Colours are ours, and only ours.
+            for sequence in ["\u{1b}[31m\u{202e}", "\u{9b}", "\u{202e}", "\n", "\r", "\0", "\u{7f}"] {
+                assert!(!line.contains(sequence), "{sequence:?} in {line:?}");
+            }
+            assert!(line.contains("handshake_failed") && line.contains("not_tls"), "{line}");
+        }
+        let plain = lines_of(TEXT, "info", |_| crate::telemetry::access::write(&refused())).concat();
+        assert!(!plain.trim_end().chars().any(char::is_control), "{plain:?}");
+        assert!(plain.contains(r#"cause="handshake_failed""#), "{plain}");
+    }
+
+    #[test]
+    fn a_message_with_line_breaks_is_one_line_too() {
+        let why = "nobody is there\n2026-01-01T00:00:00.000000Z  INFO portcullis: all is well";
+        for form in [TEXT, Form::Json] {
+            let lines = lines_of(form, "info", |_| {
+                tracing::warn!("the agent says: {why}");
+                tracing::warn!(%why, "the agent says");
+            });
+            assert_eq!(lines.len(), 2);
+            assert!(lines.iter().all(|line| line.trim_end().lines().count() == 1 && line.ends_with('\n')), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn the_level_can_be_changed_while_running() {
+        let lines = lines_of(TEXT, "info", |level| {
+            tracing::debug!("one");
+            level.reload(EnvFilter::new("debug")).unwrap();
+            tracing::debug!("two");
+            level.reload(EnvFilter::new("debug,portcullis::access=off")).unwrap();
+            crate::telemetry::access::write(&served());
+        });
+        assert!(matches!(lines.as_slice(), [line] if line.contains("two")), "{lines:?}");
+    }
+
+    #[test]
+    fn text_with_colours_on_a_terminal_and_json_elsewhere() {
+        assert_eq!(Form::of(LogFormat::Auto, true), Form::Text { colours: true });
+        assert_eq!(Form::of(LogFormat::Auto, false), Form::Json);
+        assert_eq!(Form::of(LogFormat::Text, false), TEXT);
+        assert_eq!(Form::of(LogFormat::Json, true), Form::Json);
     }
 
     #[test]
     fn a_blocked_writer_loses_lines_and_never_blocks() {
-        let (queue, lines) = sync_channel(2);
-        let lost = Arc::new(AtomicU64::new(0));
-        let mut writer = Lines { queue, lost: Arc::clone(&lost) };
-        for _ in 0..5 {
-            writer.write_all(b"line\n").unwrap();
+        for form in [TEXT, Form::Json] {
+            let (queue, waiting) = sync_channel(2);
+            let lost = Arc::new(AtomicU64::new(0));
+            let mut lines = Lines { queue, lost: Arc::clone(&lost), form };
+            for _ in 0..5 {
+                lines.write_all(b"{}\n").unwrap();
+            }
+            assert_eq!(lost.load(Ordering::Relaxed), 3);
+            drop(lines);
+            let mut out = Vec::new();
+            write_all(&waiting, &lost, form, &mut out);
+            let out = String::from_utf8(out).unwrap();
+            assert!(out.contains("3 log lines were lost"), "{out}");
+            if form == Form::Json {
+                assert!(out.lines().all(|line| serde_json::from_str::<serde_json::Value>(line).is_ok()), "{out}");
+            }
         }
-        assert_eq!(lost.load(Ordering::Relaxed), 3);
-        drop(writer);
-        let mut out = Vec::new();
-        write_all(&lines, &lost, &mut out);
-        assert!(String::from_utf8(out).unwrap().contains("3 log lines were lost"));
+    }
+
+    #[test]
+    fn a_flush_waits_for_a_full_queue_and_gives_up_on_one_that_stays_full() {
+        let (queue, waiting) = sync_channel(1);
+        queue.try_send(Message::Line(b"last\n".to_vec())).unwrap();
+        flush(&queue, Duration::from_millis(20));
+        let writer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            let mut out = Vec::new();
+            write_all(&waiting, &AtomicU64::new(0), TEXT, &mut out);
+            out
+        });
+        flush(&queue, Duration::from_secs(10));
+        drop(queue);
+        assert_eq!(writer.join().unwrap(), b"last\n");
     }
 }

@@ -1,17 +1,19 @@
 //! The metrics, on the `prometheus` crate; nothing outside this file knows which crate it is.
 //!
 //! Names and labels are those users alert on: see ARCHITECTURE.md. Every label value comes out of a closed set, out of the
-//! config, or out of a set with a cap of its own ([`Bounded`]).
+//! config, or out of a set with a cap of its own (`Places`).
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use prometheus::core::Collector;
 use prometheus::{
     Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+use super::places::Places;
+use super::process::{Process, unix_now};
 use crate::config::schema::{Labels, PolicyMode};
 use crate::identity::keeper::{Counters, Current, SvidState};
 use crate::policy::{Decision, Verdict};
@@ -25,37 +27,10 @@ const HANDSHAKE_BUCKETS: &[f64] =
     &[0.0001, 0.00025, 0.0005, 0.00075, 0.001, 0.0015, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
 /// The most rule names, and the most trust domains, that get a series of their own.
 const MOST_NAMES: usize = 512;
-/// What everything beyond a cap is counted under.
-const OTHER: &str = "other";
 /// L4 carries opaque bytes.
 const PROTOCOL: &str = "tcp";
 
 const DIRECTIONS: [Direction; 2] = [Direction::Inbound, Direction::Outbound];
-
-/// Names that may have series of their own, up to a cap: first come, first served.
-#[derive(Debug)]
-struct Bounded {
-    most: usize,
-    known: Mutex<HashSet<String>>,
-}
-
-impl Bounded {
-    fn new(most: usize) -> Self {
-        Self { most, known: Mutex::default() }
-    }
-
-    fn label<'a>(&self, name: &'a str) -> &'a str {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.contains(name) {
-            return name;
-        }
-        if known.len() < self.most {
-            known.insert(name.to_owned());
-            return name;
-        }
-        OTHER
-    }
-}
 
 /// All metrics of one proxy.
 #[derive(Debug)]
@@ -73,29 +48,30 @@ pub struct Metrics {
     bundle_expiry: GaugeVec,
     bundle_domains: Mutex<BTreeSet<String>>,
     decisions: IntCounterVec,
-    rules: Bounded,
+    rules: Places,
     open: IntGaugeVec,
     connections: IntCounterVec,
     moving: [[prometheus::IntCounter; 2]; 2],
-    peers: IntCounterVec,
-    peer_names: Bounded,
+    peer_connections: IntCounterVec,
+    peer_info: IntGaugeVec,
+    peers: Places,
     accept_errors: IntCounterVec,
     reloads: IntCounterVec,
     reloaded: Gauge,
     chains: IntCounterVec,
     process: Process,
+    handshakes_in_progress: IntGaugeVec,
+    log_lines_lost: IntCounterVec,
+    lines_counted: Mutex<u64>,
     counted: Mutex<Counters>,
     chains_counted: Mutex<(u64, u64)>,
 }
 
-#[derive(Debug)]
-struct Process {
-    resident: IntGauge,
-    descriptors: IntGauge,
-    cpu: Gauge,
-}
-
-fn keep<C: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<C>) -> prometheus::Result<C> {
+/// Registers what was made.
+pub(super) fn keep<C: Collector + Clone + 'static>(
+    registry: &Registry,
+    made: prometheus::Result<C>,
+) -> prometheus::Result<C> {
     let collector = made?;
     registry.register(Box::new(collector.clone()))?;
     Ok(collector)
@@ -134,8 +110,6 @@ impl Metrics {
             &["version", "provider", "fips"],
         )?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION"), "aws-lc-rs", if fips { "true" } else { "false" }]).set(1);
-        let started = gauge("process_start_time_seconds", "When the process started, seconds since the Unix epoch.")?;
-        started.set(unix_now());
         let metrics = Self {
             handshake_duration: keep(
                 &registry,
@@ -194,7 +168,7 @@ impl Metrics {
                 "Authorization decisions by rule; mode audit: what was decided and not carried out.",
                 &["direction", "rule", "decision", "mode"],
             )?,
-            rules: Bounded::new(MOST_NAMES),
+            rules: Places::new(MOST_NAMES),
             open: gauges(
                 "connections_open",
                 "Connections that are open, those in a handshake included.",
@@ -206,12 +180,17 @@ impl Metrics {
                 &["direction", "protocol", "cause"],
             )?,
             moving,
-            peers: counters(
+            peer_connections: counters(
                 "peer_connections_total",
                 "Connections of each proven peer; those beyond telemetry.max_peers share spiffe_id other.",
                 &["direction", "spiffe_id"],
             )?,
-            peer_names: Bounded::new(max_peers),
+            peer_info: gauges(
+                "peer_info",
+                "Proven peers, at most telemetry.max_peers of them, the rest as other; always 1.",
+                &["direction", "spiffe_id"],
+            )?,
+            peers: Places::new(max_peers),
             accept_errors: counters("accept_errors_total", "Failures to accept a connection, by kind.", &["kind"])?,
             reloads: counters("config_reloads_total", "Reloads of the config, by result.", &["result"])?,
             reloaded: gauge("config_last_reload_success_timestamp_seconds", "When the config in force was taken.")?,
@@ -220,11 +199,18 @@ impl Metrics {
                 "Certificate chains of peers that were remembered (hit) or verified anew (miss).",
                 &["result"],
             )?,
-            process: Process {
-                resident: whole("process_resident_memory_bytes", "Resident memory.")?,
-                descriptors: whole("process_open_fds", "Open file descriptors.")?,
-                cpu: gauge("process_cpu_seconds", "CPU time used so far, user and system.")?,
-            },
+            process: Process::new(&registry)?,
+            handshakes_in_progress: gauges(
+                "tls_handshakes_in_progress",
+                "TLS handshakes that hold one of the tls.max_handshakes places.",
+                &[],
+            )?,
+            log_lines_lost: counters(
+                "log_lines_lost_total",
+                "Log lines that were dropped because stderr was too slow.",
+                &[],
+            )?,
+            lines_counted: Mutex::default(),
             counted: Mutex::default(),
             chains_counted: Mutex::default(),
             registry,
@@ -307,7 +293,19 @@ impl Metrics {
     }
 
     fn count_decision(&self, direction: Direction, rule: &str, verdict: Verdict, mode: &str) {
-        self.decisions.with_label_values(&[direction.as_str(), self.rules.label(rule), verdict.as_str(), mode]).inc();
+        let forget = |gone: &str| {
+            for direction in DIRECTIONS.map(Direction::as_str) {
+                for verdict in [Verdict::Allow, Verdict::Deny].map(Verdict::as_str) {
+                    for mode in ["enforce", "audit"] {
+                        // Most of these combinations never were.
+                        let _ = self.decisions.remove_label_values(&[direction, gone, verdict, mode]);
+                    }
+                }
+            }
+        };
+        self.rules.visit(rule, true, Instant::now(), forget, |rule| {
+            self.decisions.with_label_values(&[direction.as_str(), rule, verdict.as_str(), mode]).inc();
+        });
     }
 
     /// A connection was accepted.
@@ -332,8 +330,24 @@ impl Metrics {
         self.open.with_label_values(&[direction, PROTOCOL]).dec();
         self.connections.with_label_values(&[direction, PROTOCOL, record.cause.as_str()]).inc();
         if let Some(peer) = &record.peer {
-            self.peers.with_label_values(&[direction, self.peer_names.label(peer.as_str())]).inc();
+            // A crowd that no rule admits must not push out those that matter.
+            let admitted = !matches!(record.cause, Cause::Denied | Cause::Handshake | Cause::Limit);
+            self.count_peer(direction, peer.as_str(), admitted, Instant::now());
         }
+    }
+
+    fn count_peer(&self, direction: &str, peer: &str, may_displace: bool, now: Instant) {
+        let forget = |gone: &str| {
+            for direction in DIRECTIONS.map(Direction::as_str) {
+                // Only a direction that was used has series.
+                let _ = self.peer_connections.remove_label_values(&[direction, gone]);
+                let _ = self.peer_info.remove_label_values(&[direction, gone]);
+            }
+        };
+        self.peers.visit(peer, may_displace, now, forget, |peer| {
+            self.peer_connections.with_label_values(&[direction, peer]).inc();
+            self.peer_info.with_label_values(&[direction, peer]).set(1);
+        });
     }
 
     /// Accepting failed.
@@ -394,128 +408,31 @@ impl Metrics {
         *counted = counts;
     }
 
+    /// How many handshakes are under way at this moment. There is no series before the first call.
+    pub fn handshakes_in_progress(&self, now: usize) {
+        let none: &[&str] = &[];
+        self.handshakes_in_progress.with_label_values(none).set(i64::try_from(now).unwrap_or(i64::MAX));
+    }
+
+    /// How many log lines were lost since the start, all together. There is no series before the first call.
+    fn log_lines_lost(&self, all: u64) {
+        let none: &[&str] = &[];
+        let mut counted = self.lines_counted.lock().unwrap_or_else(PoisonError::into_inner);
+        self.log_lines_lost.with_label_values(none).inc_by(all.saturating_sub(*counted));
+        *counted = all.max(*counted);
+    }
+
     /// The text for `/metrics` and its content type.
     pub fn render(&self) -> (&'static str, String) {
         self.process.refresh();
+        if let Some(lost) = super::log::lines_lost() {
+            self.log_lines_lost(lost);
+        }
         let families = self.registry.gather();
         let text = TextEncoder::new().encode_to_string(&families).unwrap_or_default();
         ("text/plain; version=0.0.4; charset=utf-8", text)
     }
 }
 
-impl Process {
-    /// Reads our own figures of /proc; a kernel that does not tell leaves the last ones.
-    fn refresh(&self) {
-        let page = i64::try_from(rustix::param::page_size()).unwrap_or(4096);
-        if let Ok(text) = std::fs::read_to_string("/proc/self/statm")
-            && let Some(pages) = text.split(' ').nth(1).and_then(|pages| pages.parse::<i64>().ok())
-        {
-            self.resident.set(pages.saturating_mul(page));
-        }
-        if let Ok(entries) = std::fs::read_dir("/proc/self/fd") {
-            self.descriptors.set(i64::try_from(entries.count()).unwrap_or(i64::MAX));
-        }
-        let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-        self.cpu.set(used.tv_sec as f64 + used.tv_nsec as f64 / 1e9);
-    }
-}
-
-fn unix_now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::identity::{KeyType, SpiffeId};
-    use crate::tls::record::{Failure, Negotiated};
-    use std::sync::Arc;
-    use std::time::Duration;
-
-    fn labels() -> Labels {
-        Labels { service_name: "records".into(), environment: "test".into(), domain: "clinical".into() }
-    }
-
-    fn negotiated() -> Negotiated {
-        Negotiated {
-            version: "TLSv1.3",
-            cipher_suite: "TLS_AES_256_GCM_SHA384",
-            group: "X25519MLKEM768",
-            signature: "ecdsa_secp384r1_sha384",
-            peer_key: KeyType::P384,
-            resumed: false,
-            compliant: true,
-        }
-    }
-
-    fn ended(peer: &str) -> ConnectionRecord {
-        ConnectionRecord {
-            listener: "api".into(),
-            direction: Direction::Inbound,
-            client: "127.0.0.1:1".into(),
-            upstream: None,
-            peer: Some(SpiffeId::parse(peer).unwrap()),
-            local: None,
-            rule: None,
-            tls: Some(negotiated()),
-            handshake_failure: None,
-            bytes_sent: 0,
-            bytes_received: 0,
-            duration: Duration::ZERO,
-            cause: Cause::Done,
-            detail: String::new(),
-        }
-    }
-
-    #[test]
-    fn series_stay_bounded_whoever_calls_and_whatever_rules_are_called() {
-        let metrics = Metrics::new(&labels(), 100, false).unwrap();
-        for n in 0..50_000 {
-            metrics.opened(Direction::Inbound);
-            metrics.closed(&ended(&format!("spiffe://td{}.example/w/{n}", n % 1000)));
-            let decision = Decision {
-                verdict: Verdict::Allow,
-                rule: Arc::from(format!("rule-{n}").as_str()),
-                mode: PolicyMode::Enforce,
-                audited: None,
-            };
-            metrics.decision(Direction::Inbound, &decision);
-        }
-        let (_, text) = metrics.render();
-        let series = |name: &str| text.lines().filter(|line| line.starts_with(name)).count();
-        assert_eq!(series("portcullis_peer_connections_total{"), 101);
-        assert_eq!(series("portcullis_authorization_decisions_total{"), MOST_NAMES + 1);
-        assert!(text.lines().count() < 1500, "{}", text.lines().count());
-        assert!(text.contains("spiffe_id=\"other\"} 49900"));
-    }
-
-    #[test]
-    fn handshakes_are_counted_by_what_came_of_them() {
-        let metrics = Metrics::new(&labels(), 10, false).unwrap();
-        let mut record = HandshakeRecord {
-            direction: Direction::Inbound,
-            took: Duration::from_micros(700),
-            computing: Duration::from_micros(300),
-            negotiated: Some(negotiated()),
-            peer: None,
-            claimed: None,
-            failure: None,
-            offered_weak: vec!["3DES"],
-        };
-        metrics.handshake(&record);
-        record.negotiated = None;
-        record.failure = Some(Failure::new(Reason::Expired, "7 s ago"));
-        metrics.handshake(&record);
-        let (_, text) = metrics.render();
-        let value = |start: &str, has: &[&str]| {
-            let line = text.lines().find(|l| l.starts_with(start) && has.iter().all(|h| l.contains(h))).unwrap();
-            line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
-        };
-        assert_eq!(value("portcullis_tls_handshakes_total", &["inbound", "reason=\"expired\""]), 1.0);
-        assert_eq!(value("portcullis_tls_handshakes_total", &["inbound", "success"]), 1.0);
-        assert_eq!(value("portcullis_tls_offered_weak_total", &["inbound", "3DES"]), 2.0);
-        assert_eq!(value("portcullis_tls_handshake_duration_seconds_bucket", &["le=\"0.00075\""]), 1.0);
-        assert_eq!(value("portcullis_tls_handshake_duration_seconds_bucket", &["le=\"0.0005\""]), 0.0);
-        assert!(text.contains("service_name=\"records\""));
-    }
-}
+mod tests;

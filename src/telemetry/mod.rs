@@ -6,5 +6,7 @@
 pub mod access;
 pub mod log;
 pub mod metrics;
+mod places;
+mod process;
 
 pub use metrics::Metrics;

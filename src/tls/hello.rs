@@ -32,6 +32,17 @@ pub fn offered_weak(records: &[u8]) -> Vec<&'static str> {
     WEAK.iter().zip(found).filter_map(|(word, is)| is.then_some(*word)).collect()
 }
 
+/// The record of a fatal alert in the clear (RFC 8446, section 6).
+pub fn alert(description: rustls::AlertDescription) -> [u8; 7] {
+    [0x15, 3, 1, 0, 2, 2, description.into()]
+}
+
+/// Whether the ClientHello in `records` is of a version before TLS 1.2, which knows no `supported_versions`.
+pub fn is_too_old(records: &[u8]) -> bool {
+    let legacy_version = handshake_body(records).and_then(|body| Reader(&body).u16());
+    legacy_version.is_some_and(|version| (0x0300..0x0303).contains(&version))
+}
+
 /// Joins the handshake message out of its records.
 fn handshake_body(records: &[u8]) -> Option<Vec<u8>> {
     let mut rest = Reader(records);
@@ -252,6 +263,16 @@ mod tests {
     fn names_what_the_incident_enabled() {
         let weak = offered_weak(&hello(&[0x1302, 0x000A, 0xC02C], &[0x0304, 0x0303, 0x0301]));
         assert_eq!(weak, ["TLSv1.0", "3DES", "RSA_KEY_EXCHANGE"]);
+    }
+
+    #[test]
+    fn versions_before_tls_1_2_are_too_old() {
+        let mut old = hello(&[0xC02C], &[]);
+        assert!(!is_too_old(&old));
+        // Behind the headers of record and message.
+        old[9..11].copy_from_slice(&[3, 2]);
+        assert!(is_too_old(&old));
+        assert!(!is_too_old(&old[..20]));
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod hello;
 mod outcome;
 mod probe;
 pub mod profile;
+mod read_ahead;
 pub mod reason;
 pub mod record;
 pub mod server;
@@ -20,6 +21,7 @@ mod verifier;
 pub use client::ClientTls;
 pub use outcome::Authenticated;
 pub use profile::Profile;
+pub use read_ahead::ReadAhead;
 pub use server::ServerTls;
 pub use trust::{Peer, Trust};
 

@@ -10,6 +10,7 @@ use tokio_rustls::TlsStream;
 
 use super::probe::Verdict;
 use super::profile::{self, Profile};
+use super::read_ahead::ReadAhead;
 use super::reason::Reason;
 use super::record::{Direction, Failure, HandshakeRecord, Negotiated};
 use super::trust::Peer;
@@ -17,7 +18,7 @@ use crate::identity::SpiffeId;
 
 /// A connection whose peer has proven its identity. Only this room makes one.
 #[derive(Debug)]
-pub struct Authenticated<S = TcpStream> {
+pub struct Authenticated<S = ReadAhead<TcpStream>> {
     stream: TlsStream<S>,
     peer: Arc<Peer>,
     negotiated: Negotiated,

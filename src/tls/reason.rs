@@ -41,7 +41,7 @@ reasons! {
     /// The peer is who it says, and no rule admits it.
     Denied = "denied", "No rule admits this SPIFFE ID on this listener; `portcullis explain` shows why.";
     /// The client sent no certificate.
-    NoCertificate = "no_certificate", "The client speaks plain TLS: it must present an X509-SVID.";
+    NoCertificate = "no_certificate", "The client showed none: it speaks plain TLS, or its key is of a kind (RSA) that signs nothing we take. It must present an X509-SVID with an ECDSA key.";
     /// The certificate names no SPIFFE ID, several, or a malformed one.
     BadSpiffeId = "bad_spiffe_id", "The peer's certificate is not an X509-SVID: exactly one URI SAN, a well-formed SPIFFE ID with a path.";
     /// The certificate breaks another rule for leaf certificates.

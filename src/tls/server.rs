@@ -4,10 +4,10 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use rustls::server::{Accepted, Acceptor, ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+use rustls::{AlertDescription, Error, ServerConfig};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Semaphore;
 use tokio_rustls::StartHandshake;
@@ -218,10 +218,25 @@ async fn read_hello<S: AsyncRead + AsyncWrite + Unpin>(
             }
             Ok(None) => {}
             Err((error, mut alert)) => {
-                let mut bytes = Vec::new();
-                if alert.write_all(&mut bytes).is_ok() {
-                    let _ = stream.write_all(&bytes).await;
+                // What an old client offers is worth knowing most of all, and it is refused here.
+                attempt.offered_weak = hello::offered_weak(&seen);
+                // The library misses the extensions of TLS 1.2 before it looks at the version.
+                if hello::is_too_old(&seen) {
+                    let _ = stream.write_all(&hello::alert(AlertDescription::ProtocolVersion)).await;
+                    return Err(Failure::new(Reason::NoSharedVersion, "the ClientHello is of TLS 1.1 or older"));
                 }
+                let mut bytes = Vec::new();
+                if alert.write_all(&mut bytes).is_err() || bytes.is_empty() {
+                    // It prepares one only for what is wrong inside a ClientHello.
+                    bytes = hello::alert(match error {
+                        Error::InappropriateMessage { .. } | Error::InappropriateHandshakeMessage { .. } => {
+                            AlertDescription::UnexpectedMessage
+                        }
+                        _ => AlertDescription::DecodeError,
+                    })
+                    .to_vec();
+                }
+                let _ = stream.write_all(&bytes).await;
                 return Err(failure_of_tls(&error, Direction::Inbound));
             }
         }

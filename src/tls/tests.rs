@@ -166,7 +166,7 @@ async fn call(tls: &Arc<ServerTls>, config: &Arc<ClientConfig>) -> (HandshakeRec
 }
 
 /// A handshake of our client with a bare server that sends one byte.
-async fn dial(tls: &Arc<ClientTls>, config: &Arc<ServerConfig>) -> (HandshakeRecord, Option<Authenticated>) {
+async fn dial(tls: &Arc<ClientTls>, config: &Arc<ServerConfig>) -> (HandshakeRecord, Option<Authenticated<TcpStream>>) {
     let (near, far) = sockets().await;
     let slots = Semaphore::new(8);
     let acceptor = tokio_rustls::TlsAcceptor::from(Arc::clone(config));

@@ -11,13 +11,18 @@
     clippy::indexing_slicing
 )]
 
+mod client;
 mod harness;
+mod seen;
 #[path = "../../src/testing.rs"]
 mod testing;
 
 mod agent;
 mod authority;
 mod basics;
+mod demo;
 mod envoy;
+mod hostile;
+mod openssl;
 mod rotation;
 mod spiffe;

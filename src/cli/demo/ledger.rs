@@ -1,0 +1,65 @@
+//! What the demo promises to show, and what was really seen of it.
+//!
+//! A closed set: whatever no chapter has ticked off is missing, also when a chapter was never reached.
+
+use std::collections::BTreeSet;
+
+macro_rules! things {
+    ($( $name:ident = $words:literal; )*) => {
+        /// What the demo promises to show.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub(super) enum Thing { $( $name, )* }
+        impl Thing {
+            /// All of it, in the order of the story.
+            pub(super) const ALL: &'static [Self] = &[$(Self::$name,)*];
+            /// In words, for the list of what was not seen.
+            pub(super) fn words(self) -> &'static str {
+                match self { $(Self::$name => $words,)* }
+            }
+        }
+    };
+}
+
+things! {
+    Identities = "every sidecar has an SVID of the authority";
+    Answer = "a request through both sidecars is answered to the caller that was proven";
+    Profile = "TLS 1.3 within the declared profile between the sidecars";
+    Denied = "a valid identity that no rule admits is refused (denied)";
+    Forged = "a certificate of another authority is refused (untrusted)";
+    Foreign = "an identity of an unknown trust domain is refused (unknown_trust_domain)";
+    Bare = "a TLS client without certificate is refused (no_certificate)";
+    Plaintext = "plain HTTP is refused (not_tls)";
+    NotDialled = "the workload is not dialled for any of those who were refused";
+    Rotations = "the SVIDs of both workloads rotate at least twice";
+    NewCa = "the CA is replaced with overlap and the old one is trusted no more";
+    OnNewCa = "handshakes go on after the old CA is gone";
+    Admitted = "a changed policy admits the stranger";
+    ClosedAtOnce = "the policy changed back ends the live connection (policy_changed)";
+    DeniedAgain = "and the stranger is denied again";
+    Weak = "an offer of 3DES is refused and counted";
+    NoFailure = "no request fails while all this happens";
+    ReadBack = "the sidecars' own metrics tell the same";
+}
+
+/// What was seen so far.
+#[derive(Debug, Default)]
+pub(super) struct Ledger(BTreeSet<Thing>);
+
+impl Ledger {
+    /// Ticks off what was really seen.
+    pub(super) fn tick(&mut self, thing: Thing, seen: bool) -> bool {
+        if seen {
+            self.0.insert(thing);
+        }
+        seen
+    }
+
+    /// What was promised and not seen, in words.
+    ///
+    /// # Errors
+    /// The list, if there is anything in it.
+    pub(super) fn verdict(&self) -> Result<(), Vec<&'static str>> {
+        let missing: Vec<_> = Thing::ALL.iter().filter(|thing| !self.0.contains(thing)).map(|t| t.words()).collect();
+        if missing.is_empty() { Ok(()) } else { Err(missing) }
+    }
+}

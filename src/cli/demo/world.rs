@@ -1,0 +1,210 @@
+//! The stage: an authority, two workloads and three sidecars, all in this process and on loopback.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::runtime::Handle;
+use tokio::task::JoinSet;
+
+use super::scrape;
+use super::workloads::Records;
+use crate::app::Node;
+use crate::authority::{Authority, EmbeddedSource, Options, SvidRequest};
+use crate::clock::Clock;
+use crate::config::{Config, LoadOptions, parse_with};
+use crate::identity::{SpiffeId, TrustDomain};
+
+/// The trust domain of the demo.
+pub(super) const DOMAIN: &str = "demo.portcullis.example";
+/// A trust domain that the demo does not know.
+const ELSEWHERE: &str = "elsewhere.example";
+
+/// How often a sidecar is asked whether its SVID is another one.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long a connection may take to end once nobody uses it.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// A SPIFFE ID of the demo, as text.
+pub(super) fn id(name: &str) -> String {
+    format!("spiffe://{DOMAIN}/{name}")
+}
+
+/// A sidecar that runs.
+#[derive(Debug)]
+pub(super) struct Sidecar {
+    pub(super) name: &'static str,
+    pub(super) node: Node,
+    /// Its one listener.
+    pub(super) listener: SocketAddr,
+}
+
+impl Sidecar {
+    async fn start(name: &'static str, authority: &Authority, text: &str, traffic: Handle) -> Result<Self, String> {
+        let config = config(name, text)?;
+        let id = SpiffeId::parse(&id(name)).map_err(|error| error.to_string())?;
+        // The DNS name is for clients that know nothing of SPIFFE, such as the one without a certificate.
+        let request = SvidRequest { dns_names: vec!["localhost".into()], ..SvidRequest::new(id) };
+        let source = EmbeddedSource::new(authority.clone(), request).map_err(|error| error.to_string())?;
+        let node = Node::start(config, Box::new(source), authority.clock().clone(), traffic).await?;
+        let listener = node.proxy().listeners().first().and_then(|listener| listener.address.parse().ok());
+        let listener = listener.ok_or_else(|| format!("the sidecar of {name} has no listener"))?;
+        Ok(Self { name, node, listener })
+    }
+
+    /// `/state`.
+    pub(super) async fn state(&self) -> Value {
+        scrape::state(self.node.admin()).await
+    }
+
+    /// `/metrics`.
+    pub(super) async fn metrics(&self) -> scrape::Metrics {
+        scrape::metrics(self.node.admin()).await
+    }
+}
+
+/// A replacement of an SVID, as `/state` showed it.
+#[derive(Clone, Debug)]
+pub(super) struct Rotation {
+    pub(super) name: &'static str,
+    pub(super) before: String,
+    pub(super) after: String,
+    pub(super) generation: u64,
+}
+
+/// Everything that runs.
+#[derive(Debug)]
+pub(super) struct World {
+    pub(super) authority: Authority,
+    /// An authority that calls itself the same and is another.
+    pub(super) forger: Authority,
+    /// The authority of an unknown trust domain.
+    pub(super) elsewhere: Authority,
+    pub(super) workload: Records,
+    pub(super) records: Sidecar,
+    pub(super) frontend: Sidecar,
+    pub(super) stranger: Sidecar,
+    /// How long an SVID lives.
+    pub(super) life: Duration,
+    rotations: Arc<Mutex<Vec<Rotation>>>,
+    _watchers: JoinSet<()>,
+}
+
+impl World {
+    /// Starts it all; the sidecars have their identities a moment later.
+    pub(super) async fn start(authority: Authority, life: Duration, traffic: &Handle) -> Result<Self, String> {
+        let clock = authority.clock().clone();
+        let workload = Records::start().await.map_err(|error| format!("the records workload: {error}"))?;
+        let records = Sidecar::start(
+            "records",
+            &authority,
+            &records_text(life, workload.address, &["frontend"]),
+            traffic.clone(),
+        )
+        .await?;
+        let caller = |name: &str| {
+            format!(
+                "{}outbound:\n  - name: records\n    listen: '127.0.0.1:0'\n    to: '{}'\n    expect: {}\n",
+                common(name, life),
+                records.listener,
+                id("records")
+            )
+        };
+        let frontend = Sidecar::start("frontend", &authority, &caller("frontend"), traffic.clone()).await?;
+        let stranger = Sidecar::start("stranger", &authority, &caller("stranger"), traffic.clone()).await?;
+        let rotations = Arc::default();
+        let mut watchers = JoinSet::new();
+        for sidecar in [&records, &frontend] {
+            watchers.spawn(watch(sidecar.name, sidecar.node.admin(), Arc::clone(&rotations)));
+        }
+        Ok(Self {
+            forger: open(DOMAIN, life, clock.clone())?,
+            elsewhere: open(ELSEWHERE, life, clock)?,
+            authority,
+            workload,
+            records,
+            frontend,
+            stranger,
+            life,
+            rotations,
+            _watchers: watchers,
+        })
+    }
+
+    /// All sidecars.
+    pub(super) fn sidecars(&self) -> [&Sidecar; 3] {
+        [&self.records, &self.frontend, &self.stranger]
+    }
+
+    /// The config of the records sidecar that admits these.
+    pub(super) fn admitting(&self, names: &[&str]) -> Result<Config, String> {
+        config("records", &records_text(self.life, self.workload.address, names))
+    }
+
+    /// The rotations since this was last asked.
+    pub(super) fn take_rotations(&self) -> Vec<Rotation> {
+        std::mem::take(&mut self.rotations.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A request for an identity that one of the other authorities issues.
+    pub(super) fn request(authority: &Authority, name: &str) -> Result<SvidRequest, String> {
+        let text = format!("spiffe://{}/{name}", authority.trust_domain().as_str());
+        SpiffeId::parse(&text).map(SvidRequest::new).map_err(|error| error.to_string())
+    }
+
+    /// Waits for open connections to end, and ends those that do not.
+    pub(super) async fn drain(&self) {
+        let [a, b, c] = self.sidecars().map(|sidecar| sidecar.node.proxy().drain(DRAIN));
+        tokio::join!(a, b, c);
+    }
+}
+
+/// An authority in memory.
+pub(super) fn open(domain: &str, life: Duration, clock: Clock) -> Result<Authority, String> {
+    let domain = TrustDomain::parse(domain).map_err(|error| error.to_string())?;
+    let options = Options { svid_ttl: life, ..Options::new(domain) };
+    Authority::open(options, clock).map_err(|error| error.to_string())
+}
+
+fn config(name: &str, text: &str) -> Result<Config, String> {
+    // What the environment says of a SPIFFE socket is not for the demo.
+    let loaded = parse_with(text, name, &LoadOptions::default()).map_err(|errors| errors.to_string())?;
+    Ok(loaded.config)
+}
+
+fn common(name: &str, life: Duration) -> String {
+    format!(
+        "identity: {{ authority: {{ spiffe_id: '{}', svid_ttl: {}s }} }}\n\
+         labels: {{ service_name: {name}, environment: demo, domain: demo }}\n\
+         admin: {{ listen: '127.0.0.1:0' }}\n",
+        id(name),
+        life.as_secs()
+    )
+}
+
+fn records_text(life: Duration, to: SocketAddr, allow: &[&str]) -> String {
+    let allow = allow.iter().map(|name| format!("'{}'", id(name))).collect::<Vec<_>>().join(", ");
+    format!(
+        "{}inbound:\n  - name: api\n    listen: '127.0.0.1:0'\n    to: '{to}'\n    proxy_protocol: v2\n    allow: [{allow}]\n",
+        common("records", life)
+    )
+}
+
+/// Writes down every change of a sidecar's SVID that its `/state` shows.
+async fn watch(name: &'static str, admin: SocketAddr, rotations: Arc<Mutex<Vec<Rotation>>>) {
+    let mut tick = tokio::time::interval(LOOK);
+    let mut before: Option<String> = None;
+    loop {
+        tick.tick().await;
+        let state = scrape::state(admin).await;
+        let Some(after) = state.pointer("/identity/serial").and_then(Value::as_str) else { continue };
+        if let Some(before) = before.replace(after.to_owned())
+            && before != after
+        {
+            let generation = state.pointer("/identity/generation").and_then(Value::as_u64).unwrap_or(0);
+            let rotation = Rotation { name, before, after: after.to_owned(), generation };
+            rotations.lock().unwrap_or_else(PoisonError::into_inner).push(rotation);
+        }
+    }
+}
