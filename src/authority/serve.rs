@@ -135,7 +135,8 @@ impl Upkeep {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut published = self.authority.subscribe();
-        let mut written = self.authority.bundle_document();
+        // With the path, because a reload may name another one.
+        let mut written = (self.config.bundle_file.clone(), self.authority.bundle_document());
         loop {
             tokio::select! {
                 _ = tick.tick() => {
@@ -147,12 +148,12 @@ impl Upkeep {
                 _ = published.changed() => {}
                 _ = self.hangup.recv() => self.reload(),
             }
-            let document = self.authority.bundle_document();
+            let wanted = (self.config.bundle_file.clone(), self.authority.bundle_document());
             if let Some(path) = &self.config.bundle_file
-                && document != written
+                && wanted != written
             {
                 match write_bundle(&self.authority, path) {
-                    Ok(()) => written = document,
+                    Ok(()) => written = wanted,
                     Err(error) => tracing::warn!(%error, path = %path.display(), "the bundle file cannot be written"),
                 }
             }

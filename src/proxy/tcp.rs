@@ -22,6 +22,8 @@ use super::registry::Entry;
 
 /// What a worker thread lends, in bytes: four TLS records.
 const LENT: usize = 64 * 1024;
+/// How long the last words of a TLS peer that takes no more bytes are waited for. They are there already, if there are any.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Rounds of one direction before others get their turn.
 const ROUNDS: usize = 8;
 
@@ -203,6 +205,8 @@ pub struct Forward<'a, T, P, F> {
     from_plain: Half,
     told: (u64, u64),
     last: Instant,
+    /// Why nothing can be written to the TLS side any more, and until when what its peer said last is waited for.
+    broken: Option<(io::Error, Instant)>,
     timer: Pin<Box<Sleep>>,
 }
 
@@ -229,6 +233,7 @@ impl<'a, T, P, F> Forward<'a, T, P, F> {
             from_plain: Half::default(),
             told: (0, 0),
             last,
+            broken: None,
             timer: Box::pin(tokio::time::sleep_until(last.into())),
         };
         let next = forward.next_deadline().0;
@@ -250,6 +255,7 @@ impl<'a, T, P, F> Forward<'a, T, P, F> {
         let fixed = [
             self.deadlines.max_age.map(|at| (at, Cause::MaxAge)),
             self.deadlines.peer_expiry.map(|at| (at, Cause::PeerExpired)),
+            self.broken.as_ref().map(|(_, until)| (*until, Cause::Reset)),
         ];
         fixed.into_iter().flatten().fold(quiet, |first, other| if other.0 < first.0 { other } else { first })
     }
@@ -270,8 +276,18 @@ where
         }
         let was_half_closed = this.half_closed();
         let inward = this.from_tls.poll(cx, (this.tls, Side::Tls), (this.plain, Side::Plain));
+        if let Some((error, _)) = &this.broken {
+            match inward {
+                Poll::Ready(Err((Side::Tls, alert))) if alert.kind() == io::ErrorKind::InvalidData => {
+                    return Poll::Ready(end_of(Side::Tls, &alert));
+                }
+                Poll::Ready(_) => return Poll::Ready(end_of(Side::Tls, error)),
+                Poll::Pending => {}
+            }
+        }
         let outward = match &inward {
             Poll::Ready(Err(_)) => Poll::Pending,
+            _ if this.broken.is_some() => Poll::Pending,
             _ => this.from_plain.poll(cx, (this.plain, Side::Plain), (this.tls, Side::Tls)),
         };
         let moved = (this.from_tls.moved - this.told.0, this.from_plain.moved - this.told.1);
@@ -281,9 +297,14 @@ where
             (this.progress)(moved.0, moved.1);
         }
         match (inward, outward) {
-            (Poll::Ready(Err((side, error))), _) | (_, Poll::Ready(Err((side, error)))) => {
-                return Poll::Ready(end_of(side, &error));
+            (Poll::Ready(Err((side, error))), _) => return Poll::Ready(end_of(side, &error)),
+            (Poll::Pending, Poll::Ready(Err((Side::Tls, error)))) => {
+                // A peer that refuses us says why and goes: its alert may lie unread before the broken pipe.
+                this.broken = Some((error, Instant::now() + LAST_WORDS));
+                let next = this.next_deadline().0;
+                this.timer.as_mut().reset(next.into());
             }
+            (_, Poll::Ready(Err((side, error)))) => return Poll::Ready(end_of(side, &error)),
             (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(End::new(Cause::Done)),
             _ => {}
         }
@@ -311,4 +332,61 @@ fn end_of(side: Side, error: &io::Error) -> End {
     };
     let who = if side == Side::Tls { "TLS side" } else { "plaintext side" };
     End { cause, detail: format!("{who}: {error}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+    use crate::proxy::listener::Client;
+    use crate::proxy::registry::Registry;
+    use crate::tls::record::Direction;
+
+    /// A TLS side whose peer refuses us between our look for bytes and our writing some.
+    struct Refusing {
+        looked: bool,
+        alert: bool,
+    }
+
+    impl AsyncRead for Refusing {
+        fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            if !self.looked {
+                self.looked = true;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            let kind = if self.alert { io::ErrorKind::InvalidData } else { io::ErrorKind::ConnectionReset };
+            Poll::Ready(Err(kind.into()))
+        }
+    }
+
+    impl AsyncWrite for Refusing {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+        }
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn an_alert_explains_the_broken_pipe_behind_it() {
+        for (alert, cause) in [(true, Cause::TlsError), (false, Cause::Reset)] {
+            let client = Client::Tcp(([127, 0, 0, 1], 1).into());
+            let registration = Arc::new(Registry::default()).register(Direction::Outbound, "up".into(), client);
+            let (mut workload, mut plain) = tokio::io::duplex(64);
+            workload.write_all(b"request").await.unwrap();
+            let minute = Duration::from_secs(60);
+            let deadlines = Deadlines { idle: minute, half_closed: minute, max_age: None, peer_expiry: None };
+            let mut tls = Refusing { looked: false, alert };
+            let end = Forward::new(&mut tls, &mut plain, registration.entry(), deadlines, |_, _| ()).await;
+            assert_eq!(end.cause, cause, "{}", end.detail);
+        }
+    }
 }

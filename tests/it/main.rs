@@ -17,12 +17,17 @@ mod seen;
 #[path = "../../src/testing.rs"]
 mod testing;
 
+mod agent;
+mod authority;
 mod basics;
 mod cli;
 mod demo;
+mod envoy;
 mod hostile;
 mod openssl;
 mod operations;
 mod policy;
 mod postgres;
+mod rotation;
 mod sight;
+mod spiffe;
