@@ -214,9 +214,8 @@ impl Trust {
                     }
                     return Ok(valid);
                 }
-                // What an authority that is not the issuer says of a chain tells nobody anything.
-                Err(webpki::Error::UnknownIssuer) => {}
-                Err(error) => refusal = error,
+                Err(error) if telling(&error) > telling(&refusal) => refusal = error,
+                Err(_) => {}
             }
         }
         Err(failure_of(&refusal, &facts.id))
@@ -224,6 +223,15 @@ impl Trust {
 
     fn memory(&self) -> std::sync::MutexGuard<'_, lru::LruCache<[u8; 32], Arc<Peer>>> {
         self.remembered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How much a refusal tells: little if it comes from an authority that did not issue the chain, or only a namesake.
+fn telling(error: &webpki::Error) -> u8 {
+    match error {
+        webpki::Error::UnknownIssuer => 0,
+        webpki::Error::InvalidSignatureForPublicKey => 1,
+        _ => 2,
     }
 }
 
