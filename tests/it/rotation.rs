@@ -107,14 +107,14 @@ async fn traffic_goes_on_while_svids_and_the_ca_rotate() {
         agent.identity_with(&format!("spiffe_id: {server_id}")),
         workload.address
     );
-    let server = Proxy::start(dir.path(), "server", &server).await;
+    let mut server = Proxy::start(dir.path(), "server", &server).await;
     server.ready().await;
     let client = format!(
         "{}{keep}outbound:\n  - {{ name: up, listen: \"127.0.0.1:0\", to: \"{}\", expect: \"{server_id}\" }}\n",
         agent.identity_with(&format!("spiffe_id: {client_id}")),
         server.address("api").await
     );
-    let client = Proxy::start(dir.path(), "client", &client).await;
+    let mut client = Proxy::start(dir.path(), "client", &client).await;
     client.ready().await;
     let address = client.address("up").await;
     let both = [&server, &client];
@@ -166,7 +166,15 @@ async fn traffic_goes_on_while_svids_and_the_ca_rotate() {
             }
         }
     };
-    assert!(failure.is_none(), "the traffic was interrupted: {failure:?}");
+    if let Some(failure) = failure {
+        let telling = |line: &&String| !line.contains("connection done");
+        let said: Vec<String> = [&mut server, &mut client]
+            .iter_mut()
+            .flat_map(|p| p.running.heard().iter().filter(telling).cloned())
+            .collect();
+        panic!("the traffic was interrupted: {failure:?}; the proxies said:\n{}", said.join("\n"));
+    }
+    let both = [&server, &client];
     stop.send_replace(true);
     let mut failures = Vec::new();
     while let Some(ended) = soon("the end of the traffic", traffic.join_next()).await {

@@ -1,5 +1,7 @@
 //! What an agent's message means: held against the rules, SVID by SVID.
 
+use std::collections::BTreeSet;
+
 use rustls::pki_types::{CertificateRevocationListDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
 use super::der;
@@ -54,7 +56,11 @@ fn read_svid(svid: &mut X509Svid, bundles: &mut TrustBundles) -> Result<Svid, St
     match bundles.authorities(domain.as_str()) {
         None => bundles.set(domain, authorities).map_err(|e| format!("its bundle: {e}"))?,
         // A second word on one domain cannot add to the first, or the more trusting of the two would win.
-        Some(known) if known.iter().map(|a| &a.der).ne(&authorities) => {
+        // A bundle is a set: in which order an agent writes it says nothing.
+        Some(known)
+            if known.iter().map(|a| a.der.as_ref()).collect::<BTreeSet<&[u8]>>()
+                != authorities.iter().map(|der| der.as_ref()).collect() =>
+        {
             return Err("its bundle differs from that of another SVID of the same trust domain".into());
         }
         Some(_) => {}
@@ -150,6 +156,22 @@ mod tests {
         .unwrap();
         assert!(update.refused[0].contains("differs"), "{:?}", update.refused);
         assert_eq!(update.bundles.authorities("lab.test").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn while_a_ca_is_rotated_every_svid_of_a_set_is_taken_whatever_the_order_of_its_authorities() {
+        let (old, new) = (authority("lab.test"), authority("lab.test"));
+        let ders = [old.published().own_authorities()[0].clone(), new.published().own_authorities()[0].clone()];
+        for order in [[0, 1], [1, 0]] {
+            let both = der::join(&order.map(|index| ders[index].clone()));
+            let set = ["/a", "/b"].map(|path| {
+                let mut svid = svid(&old, path, "");
+                svid.bundle.clone_from(&both);
+                svid
+            });
+            let update = read(message(set.into())).unwrap();
+            assert_eq!((update.svids.len(), update.refused.len()), (2, 0), "{:?}", update.refused);
+        }
     }
 
     #[test]
