@@ -31,6 +31,7 @@ pub fn run(args: &RunArgs) -> Outcome {
     for warning in &loaded.warnings {
         tracing::warn!("{}", warning.line(&loaded.name));
     }
+    raise_descriptor_limit();
     let threads = loaded.config.threads;
     let traffic = traffic_runtime(threads)?;
     // Admin, identity and reloads have threads of their own: a loaded data path still answers probes and rotates.
@@ -45,6 +46,16 @@ pub fn run(args: &RunArgs) -> Outcome {
     traffic.shutdown_background();
     control.shutdown_background();
     outcome
+}
+
+/// Each connection takes two descriptors, and the usual soft limit of 1,024 is for programs that use select(2). The hard
+/// limit is the administrator's word and stays.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
 }
 
 /// The runtime of the data path. The CPU quota decides how many threads it has unless the config does.

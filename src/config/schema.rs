@@ -86,7 +86,7 @@ pub struct IdentityConfig {
 }
 
 fn withdraw_grace() -> Span {
-    Span::seconds(2)
+    Span::seconds(5)
 }
 
 impl Default for IdentityConfig {

@@ -11,12 +11,10 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsConnector;
 
-use super::outcome::{Attempt, Authenticated, failure_of, negotiated};
-use super::probe::Probe;
+use super::outcome::{Attempt, Authenticated, Terms, conclude};
 use super::profile::Profile;
 use super::reason::Reason;
 use super::record::{Direction, Failure, HandshakeRecord};
-use super::server::judge_resumed;
 use super::trust::Trust;
 use super::verifier::{Admits, PeerVerifier};
 use crate::clock::Clock;
@@ -123,32 +121,7 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
             return (attempt.record(Duration::ZERO, None, Err(failure)), None);
         }
     };
-    let mut probe = Probe::new(TlsConnector::from(Arc::clone(&tls.config)).connect(name, stream));
-    let outcome = tokio::time::timeout_at(deadline, &mut probe).await;
-    let (verdict, computing) = probe.finish();
-    let stream = match outcome {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => {
-            let claimed = verdict.claimed.as_ref().map(|peer| peer.id().clone());
-            let failure = failure_of(&error, verdict, Direction::Outbound);
-            return (HandshakeRecord { claimed, ..attempt.record(computing, None, Err(failure)) }, None);
-        }
-        Err(_) => {
-            let failure = Failure::new(Reason::Timeout, "the handshake did not finish in time");
-            return (attempt.record(computing, None, Err(failure)), None);
-        }
-    };
-    let connection = stream.get_ref().1;
-    let peer = match &verdict.peer {
-        Some(peer) => Ok(Arc::clone(peer)),
-        None => judge_resumed(&tls.verifier, connection.peer_certificates()),
-    };
-    match peer {
-        Ok(peer) => {
-            let negotiated = negotiated(connection, &verdict, &peer, &tls.profile, tls.legacy_tls12);
-            let record = attempt.record(computing, Some(peer.id().clone()), Ok(negotiated));
-            (record, Some(Authenticated::new(stream.into(), peer, negotiated)))
-        }
-        Err(failure) => (attempt.record(computing, None, Err(failure)), None),
-    }
+    let handshake = TlsConnector::from(Arc::clone(&tls.config)).connect(name, stream);
+    let terms = Terms { verifier: &tls.verifier, profile: &tls.profile, legacy_tls12: tls.legacy_tls12 };
+    conclude(attempt, handshake, Duration::ZERO, deadline, terms).await
 }

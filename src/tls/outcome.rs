@@ -8,12 +8,13 @@ use rustls::{AlertDescription, Error, HandshakeKind, PeerIncompatible};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 
-use super::probe::Verdict;
+use super::probe::{Probe, Verdict};
 use super::profile::{self, Profile};
 use super::read_ahead::ReadAhead;
 use super::reason::Reason;
 use super::record::{Direction, Failure, HandshakeRecord, Negotiated};
 use super::trust::Peer;
+use super::verifier::{Admits, PeerVerifier};
 use crate::identity::SpiffeId;
 
 /// A connection whose peer has proven its identity. Only this room makes one.
@@ -25,6 +26,7 @@ pub struct Authenticated<S = ReadAhead<TcpStream>> {
 }
 
 impl<S> Authenticated<S> {
+    #[cfg(test)]
     pub(super) fn new(stream: TlsStream<S>, peer: Arc<Peer>, negotiated: Negotiated) -> Self {
         Self { stream, peer, negotiated }
     }
@@ -83,8 +85,61 @@ impl Attempt {
     }
 }
 
+/// What a handshake is held against, besides what the library checks.
+pub(super) struct Terms<'a, A> {
+    pub(super) verifier: &'a PeerVerifier<A>,
+    pub(super) profile: &'a Profile,
+    pub(super) legacy_tls12: bool,
+}
+
+/// Drives a handshake to its end under watch, and makes the record of it. `before` is what it has computed already.
+pub(super) async fn conclude<S, T, A>(
+    attempt: Attempt,
+    handshake: impl Future<Output = io::Result<T>> + Unpin,
+    before: Duration,
+    deadline: tokio::time::Instant,
+    terms: Terms<'_, A>,
+) -> (HandshakeRecord, Option<Authenticated<S>>)
+where
+    T: Into<TlsStream<S>>,
+    A: Admits,
+{
+    let mut probe = Probe::new(handshake);
+    let outcome = tokio::time::timeout_at(deadline, &mut probe).await;
+    let (verdict, computing) = probe.finish();
+    let computing = before + computing;
+    let stream: TlsStream<S> = match outcome {
+        Ok(Ok(stream)) => stream.into(),
+        Ok(Err(error)) => {
+            // Proven is who has signed; whoever was refused by name had only shown a certificate.
+            let peer = verdict.peer.as_ref().filter(|_| verdict.scheme.is_some()).map(|peer| peer.id().clone());
+            let claimed = verdict.claimed.as_ref().map(|peer| peer.id().clone());
+            let failure = failure_of(&error, verdict, attempt.direction);
+            return (HandshakeRecord { claimed, ..attempt.record(computing, peer, Err(failure)) }, None);
+        }
+        Err(_) => {
+            let failure = Failure::new(Reason::Timeout, "the handshake did not finish in time");
+            return (attempt.record(computing, None, Err(failure)), None);
+        }
+    };
+    let connection = stream.get_ref().1;
+    let judged = match &verdict.peer {
+        Some(peer) => Ok(Arc::clone(peer)),
+        // A resumed handshake asked no verifier: the chain of the first one is judged again, today.
+        None => terms.verifier.judge(connection.peer_certificates().unwrap_or_default()),
+    };
+    match judged {
+        Ok(peer) => {
+            let negotiated = negotiated(connection, &verdict, &peer, terms.profile, terms.legacy_tls12);
+            let record = attempt.record(computing, Some(peer.id().clone()), Ok(negotiated));
+            (record, Some(Authenticated { stream, peer, negotiated }))
+        }
+        Err(failure) => (attempt.record(computing, None, Err(failure)), None),
+    }
+}
+
 /// Reads what was negotiated off a finished connection.
-pub(super) fn negotiated(
+fn negotiated(
     connection: &rustls::CommonState,
     verdict: &Verdict,
     peer: &Peer,

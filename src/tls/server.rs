@@ -4,7 +4,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustls::pki_types::CertificateDer;
 use rustls::server::{Accepted, Acceptor, ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{AlertDescription, Error, ServerConfig};
@@ -13,13 +12,12 @@ use tokio::sync::Semaphore;
 use tokio_rustls::StartHandshake;
 
 use super::hello;
-use super::outcome::{Attempt, Authenticated, failure_of, failure_of_tls, negotiated};
-use super::probe::Probe;
+use super::outcome::{Attempt, Authenticated, Terms, conclude, failure_of, failure_of_tls};
 use super::profile::Profile;
 use super::reason::Reason;
 use super::record::{Direction, Failure, HandshakeRecord};
 use super::tickets::GenerationTicketer;
-use super::trust::{Peer, Trust};
+use super::trust::Trust;
 use super::verifier::{Admits, PeerVerifier};
 use crate::clock::Clock;
 use crate::identity::svid::Usage;
@@ -137,44 +135,8 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         }
     };
     let handshake = StartHandshake::from_parts(accepted, stream).into_stream(Arc::clone(&tls.config));
-    let mut probe = Probe::new(handshake);
-    let outcome = tokio::time::timeout_at(deadline, &mut probe).await;
-    let (verdict, computing) = probe.finish();
-    let computing = computing + reading;
-    let stream = match outcome {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => {
-            let peer = verdict.peer.as_ref().filter(|_| verdict.scheme.is_some()).map(|peer| peer.id().clone());
-            let claimed = verdict.claimed.as_ref().map(|peer| peer.id().clone());
-            let failure = failure_of(&error, verdict, Direction::Inbound);
-            return (HandshakeRecord { claimed, ..attempt.record(computing, peer, Err(failure)) }, None);
-        }
-        Err(_) => {
-            let failure = Failure::new(Reason::Timeout, "the handshake did not finish in time");
-            return (attempt.record(computing, None, Err(failure)), None);
-        }
-    };
-    let connection = stream.get_ref().1;
-    let peer = match &verdict.peer {
-        Some(peer) => Ok(Arc::clone(peer)),
-        None => judge_resumed(&tls.verifier, connection.peer_certificates()),
-    };
-    match peer {
-        Ok(peer) => {
-            let negotiated = negotiated(connection, &verdict, &peer, &tls.profile, tls.legacy_tls12);
-            let record = attempt.record(computing, Some(peer.id().clone()), Ok(negotiated));
-            (record, Some(Authenticated::new(stream.into(), peer, negotiated)))
-        }
-        Err(failure) => (attempt.record(computing, None, Err(failure)), None),
-    }
-}
-
-/// A resumed handshake asked no verifier: the chain of the first one is judged again, today.
-pub(super) fn judge_resumed<A: Admits>(
-    verifier: &PeerVerifier<A>,
-    chain: Option<&[CertificateDer<'_>]>,
-) -> Result<Arc<Peer>, Failure> {
-    verifier.judge(chain.unwrap_or_default())
+    let terms = Terms { verifier: &tls.verifier, profile: &tls.profile, legacy_tls12: tls.legacy_tls12 };
+    conclude(attempt, handshake, reading, deadline, terms).await
 }
 
 /// Reads until the ClientHello is whole. The clock of the attempt begins with the first byte.
