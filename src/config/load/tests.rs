@@ -47,7 +47,7 @@ outbound:
     assert_eq!(loaded.digest.len(), 64);
     let config = loaded.config;
     assert_eq!(config.identity.workload_api.unwrap().address, "unix:///run/spire/sockets/agent.sock");
-    assert_eq!(config.identity.withdraw_grace, Span::seconds(2));
+    assert_eq!(config.identity.withdraw_grace, Span::seconds(5));
     assert_eq!(config.labels.domain, "clinical");
     assert!(matches!(&config.outbound[0].expect, OneOrMany::One(id) if id.path() == "/ns/records/sa/api"));
     assert_eq!(config.tls.cipher_suites.len(), 2);
