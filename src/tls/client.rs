@@ -15,15 +15,13 @@ use super::outcome::{Attempt, Authenticated, Terms, conclude};
 use super::profile::Profile;
 use super::reason::Reason;
 use super::record::{Direction, Failure, HandshakeRecord};
+use super::sessions::Sessions;
 use super::trust::Trust;
 use super::verifier::{Admits, PeerVerifier};
 use crate::clock::Clock;
 use crate::identity::svid::Usage;
 use crate::identity::{Identity, SpiffeId};
 use crate::policy::Expected;
-
-/// Sessions that are kept for one upstream.
-const SESSIONS: usize = 32;
 
 /// Everything that an upstream's handshakes borrow: built once for a generation of identity and trust.
 ///
@@ -84,8 +82,11 @@ impl ClientTls {
             .with_client_cert_resolver(Arc::new(OwnSvid(identity.svid.certified_key())));
         config.require_ems = true;
         config.enable_early_data = false;
-        config.resumption =
-            if profile.resumption { Resumption::in_memory_sessions(SESSIONS) } else { Resumption::disabled() };
+        config.resumption = if profile.resumption {
+            Resumption::store(Arc::new(Sessions::new(clock.clone())))
+        } else {
+            Resumption::disabled()
+        };
         Ok(Self {
             config: Arc::new(config),
             verifier,

@@ -14,6 +14,7 @@ mod read_ahead;
 pub mod reason;
 pub mod record;
 pub mod server;
+mod sessions;
 pub mod tickets;
 pub mod trust;
 mod verifier;

@@ -364,6 +364,23 @@ async fn proof_3_a_server_of_an_untrusted_authority_under_the_same_name_is_not_r
 }
 
 #[tokio::test]
+async fn what_an_upstream_gave_us_to_resume_with_is_forgotten_after_ten_minutes() {
+    for versions in [TLS13, TLS12] {
+        let world = World::new();
+        // An upstream whose tickets live for hours, and SVIDs that outlive this test.
+        let ticketer = rustls::crypto::aws_lc_rs::Ticketer::new().unwrap();
+        let lasting = world.ca.issue(&Spec::leaf(SERVER).dns("localhost"));
+        let server = world.bare_server(&lasting, versions, &ticketer);
+        let ours = world.client(&[&world.ca], SERVER);
+        dial(&ours, &server).await;
+        assert!(resumed(&dial(&ours, &server).await.0));
+        world.time.jump(601);
+        let (record, connection) = dial(&ours, &server).await;
+        assert!(!resumed(&record) && connection.is_some(), "{record:?}");
+    }
+}
+
+#[tokio::test]
 async fn the_upstream_must_be_the_expected_one() {
     let world = World::new();
     let ticketer = rustls::crypto::aws_lc_rs::Ticketer::new().unwrap();
