@@ -53,7 +53,7 @@ pub async fn p256_is_refused(world: Arc<World>) {
         identity(&proxy, SLOW, "the SVID to be refused", |i| i["counters"]["refused"].as_u64() >= Some(1)).await;
     assert_eq!(refused["state"], "absent", "{refused:#}");
     let (ready, waiting) = proxy.get("/readyz").await;
-    assert_eq!((ready, waiting.as_str()), (503, "waiting for: identity\n"));
+    assert!(ready == 503 && waiting.starts_with("waiting for: identity\n"), "{ready} {waiting}");
     let why = refused["why"].as_str().unwrap();
     assert!(remedies.iter().all(|remedy| why.contains(remedy)), "{why}");
     let said = |line: &str| field(line, "message").filter(|message| message.contains("an offered SVID is refused"));
