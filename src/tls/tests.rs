@@ -414,3 +414,51 @@ fn judge_namesakes() {
     assert!(trust.judge(&newer.chain, usage).is_ok(), "no list of the new authority says anything");
     assert_eq!(trust.judge(&bad.chain, usage).unwrap_err().reason, Reason::Revoked);
 }
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(24))]
+
+    /// The referee is a generation of trust that has just been made and remembers nothing.
+    #[test]
+    fn no_order_of_rotations_expiries_and_removals_lets_a_remembered_verdict_outlive_its_grounds(
+        steps in proptest::collection::vec((0..6u8, 0..4usize, 0..200i64), 1..30)
+    ) {
+        let world = World::new();
+        let other = TestCa::new("a.example");
+        let authorities = [&world.ca, &other];
+        let leaf = |ca: usize, from: u64, to: u64| (ca, authorities[ca].issue(&Spec::leaf(CLIENT).valid(from, to)));
+        let leaves =
+            [leaf(0, NOW - 10, NOW + 100), leaf(0, NOW + 50, NOW + 400), leaf(1, NOW - 10, NOW + 300), leaf(1, NOW, NOW + 60)];
+        let (mut trusted, mut revoked) = ([true; 2], [false; 4]);
+        let usage = crate::identity::svid::Usage::Client;
+        let generation = |trusted: [bool; 2], revoked: [bool; 4]| {
+            let mut bundles = TrustBundles::empty();
+            let ders: Vec<_> = (0..2).filter(|ca| trusted[*ca]).map(|ca| authorities[ca].root()).collect();
+            if !ders.is_empty() {
+                bundles.set(TrustDomain::parse("a.example").unwrap(), ders).unwrap();
+            }
+            let lists = (0..2).map(|ca| {
+                let named: Vec<_> = leaves.iter().zip(revoked).filter(|(l, r)| l.0 == ca && *r).map(|(l, _)| &l.1).collect();
+                authorities[ca].crl(&named).0
+            });
+            bundles.set_crls(lists.collect()).unwrap();
+            world.trust(&Arc::new(bundles))
+        };
+        let mut trust = generation(trusted, revoked);
+        for (step, which, seconds) in steps {
+            match step {
+                0 => world.time.jump(seconds - 60),
+                1 => { trusted[which % 2] ^= true; trust = generation(trusted, revoked); }
+                2 => { revoked[which] ^= true; trust = generation(trusted, revoked); }
+                _ => {
+                    let chain = &leaves[which].1.chain;
+                    let outcome = |judged: Result<Arc<super::Peer>, super::record::Failure>| {
+                        judged.map(|peer| peer.not_after()).map_err(|failure| failure.reason)
+                    };
+                    let referee = generation(trusted, revoked);
+                    proptest::prop_assert_eq!(outcome(trust.judge(chain, usage)), outcome(referee.judge(chain, usage)));
+                }
+            }
+        }
+    }
+}
