@@ -11,7 +11,7 @@ use portcullis::config::schema::{Config, PostQuantum, SvidKeys, TlsConfig};
 use portcullis::identity::keeper::Current;
 use portcullis::identity::{Identity, Svid, TrustBundles, TrustDomain};
 use portcullis::policy::{Decision, Expected, Policy};
-use portcullis::proxy::record::{ConnectionRecord, Observer};
+use portcullis::proxy::record::{ConnectionRecord, Event, Observer, RequestRecord};
 use portcullis::tls::record::{Direction, HandshakeRecord};
 use portcullis::tls::{ClientTls, Profile, ServerTls, Trust};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -210,4 +210,7 @@ impl Observer for Blind {
     fn moved(&self, _: Direction, _: u64, _: u64) {}
     fn closed(&self, _: &ConnectionRecord) {}
     fn accept_failed(&self, _: &str, _: &'static str) {}
+    fn event(&self, _: Direction, _: &Arc<str>, _: Event) {}
+    fn request_begun(&self, _: Direction) {}
+    fn request(&self, _: &RequestRecord) {}
 }

@@ -19,7 +19,7 @@ use crate::config::Config;
 use crate::identity::keeper::{Current, Keeper, KeeperOptions};
 use crate::identity::source::Source;
 use crate::policy::Decision;
-use crate::proxy::record::{ConnectionRecord, Observer};
+use crate::proxy::record::{ConnectionRecord, Event, Observer, RequestRecord};
 use crate::telemetry::{Metrics, access};
 use crate::tls::Profile;
 use crate::tls::record::{Direction, HandshakeRecord};
@@ -63,6 +63,9 @@ impl Observer for Sight {
             access::write(record);
         }
     }
+    fn event(&self, _: Direction, _: &Arc<str>, _: Event) {}
+    fn request_begun(&self, _: Direction) {}
+    fn request(&self, _: &RequestRecord) {}
     fn accept_failed(&self, _listener: &str, kind: &'static str) {
         self.metrics.accept_failed(kind);
     }

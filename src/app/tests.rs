@@ -15,7 +15,7 @@ use crate::config::{Config, parse};
 use crate::identity::keeper::{Current, SvidState};
 use crate::identity::{Identity, Svid, TrustBundles, TrustDomain};
 use crate::policy::Decision;
-use crate::proxy::record::{Cause, ConnectionRecord, Observer};
+use crate::proxy::record::{Cause, ConnectionRecord, Event, Observer, RequestRecord};
 use crate::testing::{Issued, Spec, TestCa};
 use crate::tls::reason::Reason;
 use crate::tls::record::{Direction, HandshakeRecord};
@@ -44,6 +44,9 @@ impl Observer for Seen {
         let _ = self.closed.send(record.clone());
     }
     fn accept_failed(&self, _: &str, _: &'static str) {}
+    fn event(&self, _: Direction, _: &Arc<str>, _: Event) {}
+    fn request_begun(&self, _: Direction) {}
+    fn request(&self, _: &RequestRecord) {}
 }
 
 /// One proxy under test with all that drives it.

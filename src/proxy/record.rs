@@ -1,4 +1,5 @@
-//! The one record that a connection leaves when it ends. Metric and log line both come from it.
+//! The one record that a connection leaves when it ends, and the one of each request. Metrics, log lines and spans come
+//! from them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,12 +9,13 @@ use crate::identity::SpiffeId;
 use crate::tls::reason::Reason;
 use crate::tls::record::{Direction, Negotiated};
 
+/// A closed set of reasons with their words.
 macro_rules! causes {
-    ($( $(#[$doc:meta])* $name:ident = $word:literal; )*) => {
-        /// Why a connection ended: a closed set.
+    ($(#[$about:meta])* $set:ident { $( $(#[$doc:meta])* $name:ident = $word:literal; )* }) => {
+        $(#[$about])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub enum Cause { $( $(#[$doc])* $name, )* }
-        impl Cause {
+        pub enum $set { $( $(#[$doc])* $name, )* }
+        impl $set {
             /// All of them, in the order of declaration.
             pub const ALL: &'static [Self] = &[$(Self::$name,)*];
             /// The word in metrics and logs.
@@ -25,6 +27,8 @@ macro_rules! causes {
 }
 
 causes! {
+    /// Why a connection ended: a closed set.
+    Cause {
     /// Both sides finished in order.
     Done = "done";
     /// The handshake with the peer failed; the record has the reason.
@@ -59,6 +63,123 @@ causes! {
     Drained = "drained";
     /// The TLS protocol was broken after the handshake.
     TlsError = "tls_error";
+    /// The bytes were not what the listener carries: no protocol was recognised in time, or a broken one.
+    Protocol = "protocol";
+    }
+}
+
+causes! {
+    /// How a request ended: a closed set.
+    RequestCause {
+    /// The response was delivered whole.
+    Done = "done";
+    /// No rule admitted it.
+    Denied = "denied";
+    /// It was not one well-formed, unambiguous request, or larger than allowed.
+    BadRequest = "bad_request";
+    /// No connection to the workload or the upstream could be had.
+    Unreachable = "unreachable";
+    /// No answer within the request's time.
+    Timeout = "timeout";
+    /// Too much is under way already.
+    Overloaded = "overloaded";
+    /// The workload or the upstream broke off, or did not speak HTTP.
+    UpstreamReset = "upstream_reset";
+    /// Whoever asked went away before the response was whole.
+    ClientReset = "client_reset";
+    /// The body stood still for longer than allowed.
+    BodyTimeout = "body_timeout";
+    /// A change of policy no longer admits it.
+    PolicyChanged = "policy_changed";
+    /// The connection that carried it was told to end: see the connection's own record.
+    ConnectionEnded = "connection_ended";
+    }
+}
+
+/// The HTTP version that a request came in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HttpVersion {
+    /// HTTP/1.0.
+    Http10,
+    /// HTTP/1.1.
+    Http11,
+    /// HTTP/2.
+    Http2,
+}
+
+impl HttpVersion {
+    /// As OpenTelemetry's `network.protocol.version` has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Http10 => "1.0",
+            Self::Http11 => "1.1",
+            Self::Http2 => "2",
+        }
+    }
+}
+
+/// What one HTTP request leaves behind when it ends: metric, log line and span come from it.
+#[derive(Clone, Debug)]
+pub struct RequestRecord {
+    /// The listener's name.
+    pub listener: Arc<str>,
+    /// Which way.
+    pub direction: Direction,
+    /// Who connected to us.
+    pub client: super::listener::Client,
+    /// The peer's SPIFFE ID: inbound who asks, outbound who answers; none where nobody was reached.
+    pub peer: Option<SpiffeId>,
+    /// Our own SPIFFE ID.
+    pub local: Option<SpiffeId>,
+    /// What was negotiated with the peer.
+    pub tls: Option<Negotiated>,
+    /// Where it was sent, as declared in the config.
+    pub upstream: Option<Arc<str>>,
+    /// The rule that decided, and in which mode.
+    pub rule: Option<(Arc<str>, PolicyMode)>,
+    /// The declared pattern that its path matched, out of the config and never out of the request; `*` where none did.
+    pub route: Arc<str>,
+    /// The method.
+    pub method: http::Method,
+    /// The host it was for, without the port; empty where it named none.
+    pub host: Box<str>,
+    /// The path as it was judged, without the query, which may hold secrets.
+    pub path: Box<str>,
+    /// The version it came in.
+    pub version: HttpVersion,
+    /// The status that was answered; none if whoever asked was gone before.
+    pub status: Option<u16>,
+    /// gRPC's own status, where it was one.
+    pub grpc_status: Option<u16>,
+    /// Body bytes from who asked.
+    pub bytes_sent: u64,
+    /// Body bytes back.
+    pub bytes_received: u64,
+    /// When its head was whole.
+    pub began: std::time::SystemTime,
+    /// From there to the end of the response.
+    pub duration: Duration,
+    /// How often it was sent upstream: 1 without a retry, 0 if never.
+    pub attempts: u32,
+    /// How it ended.
+    pub cause: RequestCause,
+    /// Details in words.
+    pub detail: String,
+    /// The trace it belongs to, and our span in it.
+    pub trace: Option<TraceContext>,
+}
+
+/// A place in a distributed trace (W3C Trace Context, section 3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TraceContext {
+    /// The trace.
+    pub trace_id: [u8; 16],
+    /// Our own span.
+    pub span_id: [u8; 8],
+    /// The span that ours is part of, if there was one.
+    pub parent: Option<[u8; 8]>,
+    /// Whether the span is to be exported.
+    pub sampled: bool,
 }
 
 /// What is known of a connection at its end.
@@ -94,6 +215,23 @@ pub struct ConnectionRecord {
     pub detail: String,
 }
 
+/// What the data path tells besides beginnings and ends. Names in it come out of closed sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A `detect` listener made up its mind: `tls`, `http1`, `http2`, `opaque`, or `timeout`.
+    Detected(&'static str),
+    /// A request was sent once more.
+    Retried,
+    /// A request could have been sent once more, and the budget was used up.
+    RetryRefused,
+    /// An address of an upstream gets no more requests for a while.
+    Ejected,
+    /// An address of an upstream gets requests again.
+    Restored,
+    /// The shadow Rego module would have decided otherwise.
+    ShadowDiffered,
+}
+
 /// Who wants to know what happens on the data path. Records are plain; the observer keeps nothing of a connection.
 pub trait Observer: Send + Sync + 'static {
     /// A handshake ended, well or not.
@@ -106,6 +244,12 @@ pub trait Observer: Send + Sync + 'static {
     fn moved(&self, direction: Direction, sent: u64, received: u64);
     /// A connection ended.
     fn closed(&self, record: &ConnectionRecord);
+    /// Something worth counting that is no end of anything.
+    fn event(&self, direction: Direction, listener: &Arc<str>, event: Event);
+    /// A request's head has arrived.
+    fn request_begun(&self, direction: Direction);
+    /// A request ended.
+    fn request(&self, record: &RequestRecord);
     /// Accepting failed; `kind` is one of a closed set (`descriptors`, `memory`, `other`).
     fn accept_failed(&self, listener: &str, kind: &'static str);
 }
