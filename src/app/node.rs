@@ -60,12 +60,21 @@ impl Observer for Sight {
     fn closed(&self, record: &ConnectionRecord) {
         self.metrics.closed(record);
         if self.access_log.load(Ordering::Relaxed) {
-            access::write(record);
+            access::connection(record);
         }
     }
-    fn event(&self, _: Direction, _: &Arc<str>, _: Event) {}
-    fn request_begun(&self, _: Direction) {}
-    fn request(&self, _: &RequestRecord) {}
+    fn event(&self, direction: Direction, _listener: &Arc<str>, event: Event) {
+        self.metrics.event(direction, event);
+    }
+    fn request_begun(&self, direction: Direction) {
+        self.metrics.request_begun(direction);
+    }
+    fn request(&self, record: &RequestRecord) {
+        self.metrics.request(record);
+        if self.access_log.load(Ordering::Relaxed) {
+            access::request(record);
+        }
+    }
     fn accept_failed(&self, _listener: &str, kind: &'static str) {
         self.metrics.accept_failed(kind);
     }

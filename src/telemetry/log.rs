@@ -222,7 +222,8 @@ mod tests {
     use super::*;
     use crate::config::schema::PolicyMode;
     use crate::identity::{KeyType, SpiffeId};
-    use crate::proxy::record::{Cause, ConnectionRecord};
+    use crate::proxy::listener::Client;
+    use crate::proxy::record::{Cause, ConnectionRecord, HttpVersion, RequestCause, RequestRecord, TraceContext};
     use crate::tls::reason::Reason;
     use crate::tls::record::{Direction, Negotiated};
 
@@ -287,7 +288,7 @@ mod tests {
 
     #[test]
     fn the_access_log_in_json_is_flat_and_its_names_are_these() {
-        let lines = lines_of(Form::Json, "info", |_| crate::telemetry::access::write(&served()));
+        let lines = lines_of(Form::Json, "info", |_| crate::telemetry::access::connection(&served()));
         let [line] = lines.as_slice() else { panic!("{lines:?}") };
         let mut json: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).unwrap();
         let timestamp = json.remove("timestamp").unwrap();
@@ -304,9 +305,94 @@ mod tests {
         assert_eq!(serde_json::Value::Object(json), expected);
     }
 
+    fn asked() -> RequestRecord {
+        let connection = served();
+        RequestRecord {
+            listener: "api".into(),
+            direction: Direction::Inbound,
+            client: Client::Tcp("127.0.0.1:1".parse().unwrap()),
+            peer: connection.peer,
+            local: connection.local,
+            tls: connection.tls,
+            upstream: Some("127.0.0.1:8080".into()),
+            rule: Some(("read-patients".into(), PolicyMode::Enforce)),
+            route: "/patients/{id}".into(),
+            method: http::Method::GET,
+            host: "records.nhs.example".into(),
+            path: "/patients/7".into(),
+            version: HttpVersion::Http11,
+            status: Some(200),
+            grpc_status: None,
+            bytes_sent: 0,
+            bytes_received: 12,
+            began: SystemTime::UNIX_EPOCH,
+            duration: Duration::from_millis(5),
+            attempts: 1,
+            cause: RequestCause::Done,
+            detail: String::new(),
+            trace: Some(TraceContext { trace_id: [0xab; 16], span_id: [1; 8], parent: None, sampled: true }),
+        }
+    }
+
+    #[test]
+    fn a_request_s_line_in_json_is_flat_and_its_names_are_these() {
+        let lines = lines_of(Form::Json, "info", |_| {
+            crate::telemetry::access::request(&asked());
+            let nobody = RequestRecord { rule: None, status: None, trace: None, grpc_status: Some(14), ..asked() };
+            crate::telemetry::access::request(&RequestRecord { cause: RequestCause::Denied, ..nobody });
+        });
+        let [line, refused] = lines.as_slice() else { panic!("{lines:?}") };
+        let mut json: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).unwrap();
+        json.remove("timestamp").unwrap();
+        let expected = serde_json::json!({
+            "level": "INFO", "target": "portcullis::access", "message": "request done",
+            "listener": "api", "direction": "inbound", "client": "127.0.0.1:1", "upstream": "127.0.0.1:8080",
+            "peer": "spiffe://td.example/web", "local": "spiffe://td.example/api",
+            "rule": "read-patients", "mode": "enforce", "route": "/patients/{id}", "method": "GET",
+            "host": "records.nhs.example", "path": "/patients/7", "protocol": "HTTP/1.1", "status": 200,
+            "tls_version": "TLSv1.3", "cipher_suite": "TLS_AES_256_GCM_SHA384", "group": "X25519MLKEM768",
+            "bytes_sent": 0, "bytes_received": 12, "duration_seconds": 0.005, "attempts": 1, "cause": "done",
+            "trace_id": "abababababababababababababababab", "span_id": "0101010101010101",
+        });
+        assert_eq!(serde_json::Value::Object(json), expected);
+        let refused: serde_json::Map<String, serde_json::Value> = serde_json::from_str(refused).unwrap();
+        assert_eq!(refused["message"], "request refused");
+        assert_eq!(refused["grpc_status"], 14);
+        assert!(["rule", "mode", "status", "trace_id", "span_id", "detail"].iter().all(|f| !refused.contains_key(*f)));
+    }
+
+    #[test]
+    fn a_request_s_line_is_one_line_whatever_was_asked_for() {
+        let hostile = RequestRecord {
+            host: HOSTILE.into(),
+            path: HOSTILE.into(),
+            detail: HOSTILE.into(),
+            method: http::Method::from_bytes(b"!#$%&'*+-.^_`|~").unwrap(),
+            ..asked()
+        };
+        for form in [TEXT, Form::Text { colours: true }, Form::Json] {
+            let lines = lines_of(form, "info", |_| crate::telemetry::access::request(&hostile));
+            let [line] = lines.as_slice() else { panic!("{lines:?}") };
+            let line = line.strip_suffix('\n').unwrap();
+            assert_eq!(line.lines().count(), 1, "{line:?}");
+            match form {
+                Form::Json => {
+                    let json: serde_json::Value = serde_json::from_str(line).unwrap();
+                    assert!(["host", "path", "detail"].iter().all(|field| json[field] == HOSTILE), "{line:?}");
+                    assert_eq!(json["cause"], "done");
+                }
+                Form::Text { .. } => {
+                    for sequence in ["\u{1b}[31m\u{202e}", "\u{9b}", "\u{202e}", "\r", "\0", "\u{7f}", r#" cause":"#] {
+                        assert!(!line.contains(sequence), "{sequence:?} in {line:?}");
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn a_line_of_the_access_log_is_one_line_of_json_whatever_the_peer_sent() {
-        let lines = lines_of(Form::Json, "info", |_| crate::telemetry::access::write(&refused()));
+        let lines = lines_of(Form::Json, "info", |_| crate::telemetry::access::connection(&refused()));
         let [line] = lines.as_slice() else { panic!("{lines:?}") };
         assert_eq!(line.trim_end().lines().count(), 1);
         assert!(!line.trim_end().chars().any(|c| c.is_ascii_control() && c != '\u{7f}'), "{line:?}");
@@ -319,7 +405,7 @@ mod tests {
     #[test]
     fn a_line_of_the_access_log_is_one_line_of_text_whatever_the_peer_sent() {
         for form in [TEXT, Form::Text { colours: true }] {
-            let lines = lines_of(form, "info", |_| crate::telemetry::access::write(&refused()));
+            let lines = lines_of(form, "info", |_| crate::telemetry::access::connection(&refused()));
             let [line] = lines.as_slice() else { panic!("{lines:?}") };
             let line = line.strip_suffix('\n').unwrap();
             // Colours are ours, and only ours.
@@ -328,7 +414,7 @@ mod tests {
             }
             assert!(line.contains("handshake_failed") && line.contains("not_tls"), "{line}");
         }
-        let plain = lines_of(TEXT, "info", |_| crate::telemetry::access::write(&refused())).concat();
+        let plain = lines_of(TEXT, "info", |_| crate::telemetry::access::connection(&refused())).concat();
         assert!(!plain.trim_end().chars().any(char::is_control), "{plain:?}");
         assert!(plain.contains(r#"cause="handshake_failed""#), "{plain}");
     }
@@ -353,7 +439,7 @@ mod tests {
             level.reload(EnvFilter::new("debug")).unwrap();
             tracing::debug!("two");
             level.reload(EnvFilter::new("debug,portcullis::access=off")).unwrap();
-            crate::telemetry::access::write(&served());
+            crate::telemetry::access::connection(&served());
         });
         assert!(matches!(lines.as_slice(), [line] if line.contains("two")), "{lines:?}");
     }

@@ -3,21 +3,25 @@
 //! Names and labels are those users alert on: see ARCHITECTURE.md. Every label value comes out of a closed set, out of the
 //! config, or out of a set with a cap of its own (`Places`).
 
+mod http;
+
 use std::collections::BTreeSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use prometheus::core::Collector;
 use prometheus::{
-    Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 
+use self::http::Http;
 use super::places::Places;
 use super::process::{Process, unix_now};
 use crate::config::schema::{Labels, PolicyMode};
 use crate::identity::keeper::{Counters, Current, SvidState};
 use crate::policy::{Decision, Verdict};
-use crate::proxy::record::{Cause, ConnectionRecord};
+use crate::proxy::record::{Cause, ConnectionRecord, Event, RequestRecord};
 use crate::tls::hello::WEAK;
 use crate::tls::reason::Reason;
 use crate::tls::record::{Direction, HandshakeRecord};
@@ -31,6 +35,11 @@ const MOST_NAMES: usize = 512;
 const PROTOCOL: &str = "tcp";
 
 const DIRECTIONS: [Direction; 2] = [Direction::Inbound, Direction::Outbound];
+const VERDICTS: [Verdict; 2] = [Verdict::Allow, Verdict::Deny];
+const MODES: [PolicyMode; 2] = [PolicyMode::Enforce, PolicyMode::Audit];
+
+/// The decisions of one rule: by direction, verdict and mode. Looked up once, because each request counts one.
+type RuleSeries = [OnceLock<IntCounter>; DIRECTIONS.len() * VERDICTS.len() * MODES.len()];
 
 /// All metrics of one proxy.
 #[derive(Debug)]
@@ -48,17 +57,18 @@ pub struct Metrics {
     bundle_expiry: GaugeVec,
     bundle_domains: Mutex<BTreeSet<String>>,
     decisions: IntCounterVec,
-    rules: Places,
+    rules: Places<RuleSeries>,
     open: IntGaugeVec,
     connections: IntCounterVec,
-    moving: [[prometheus::IntCounter; 2]; 2],
+    moving: [[IntCounter; 2]; 2],
     peer_connections: IntCounterVec,
     peer_info: IntGaugeVec,
-    peers: Places,
+    peers: Places<()>,
     accept_errors: IntCounterVec,
     reloads: IntCounterVec,
     reloaded: Gauge,
     chains: IntCounterVec,
+    http: Http,
     process: Process,
     handshakes_in_progress: IntGaugeVec,
     log_lines_lost: IntCounterVec,
@@ -199,6 +209,7 @@ impl Metrics {
                 "Certificate chains of peers that were remembered (hit) or verified anew (miss).",
                 &["result"],
             )?,
+            http: Http::new(&registry)?,
             process: Process::new(&registry)?,
             handshakes_in_progress: gauges(
                 "tls_handshakes_in_progress",
@@ -282,30 +293,49 @@ impl Metrics {
 
     /// A decision was made. What shadow rules say by themselves is counted beside it, in mode audit.
     pub fn decision(&self, direction: Direction, decision: &Decision) {
-        let mode = match decision.mode {
-            PolicyMode::Enforce => "enforce",
-            PolicyMode::Audit => "audit",
-        };
-        self.count_decision(direction, &decision.rule, decision.verdict, mode);
+        self.count_decision(direction, &decision.rule, decision.verdict, decision.mode);
         if let Some((rule, verdict)) = &decision.audited {
-            self.count_decision(direction, rule, *verdict, "audit");
+            self.count_decision(direction, rule, *verdict, PolicyMode::Audit);
         }
     }
 
-    fn count_decision(&self, direction: Direction, rule: &str, verdict: Verdict, mode: &str) {
-        let forget = |gone: &str| {
+    fn count_decision(&self, direction: Direction, rule: &str, verdict: Verdict, mode: PolicyMode) {
+        let word = |mode| match mode {
+            PolicyMode::Enforce => "enforce",
+            PolicyMode::Audit => "audit",
+        };
+        let forget = |gone: &str, _: &RuleSeries| {
             for direction in DIRECTIONS.map(Direction::as_str) {
-                for verdict in [Verdict::Allow, Verdict::Deny].map(Verdict::as_str) {
-                    for mode in ["enforce", "audit"] {
+                for verdict in VERDICTS.map(Verdict::as_str) {
+                    for mode in MODES.map(word) {
                         // Most of these combinations never were.
                         let _ = self.decisions.remove_label_values(&[direction, gone, verdict, mode]);
                     }
                 }
             }
         };
-        self.rules.visit(rule, true, Instant::now(), forget, |rule| {
-            self.decisions.with_label_values(&[direction.as_str(), rule, verdict.as_str(), mode]).inc();
+        let at = (direction as usize * VERDICTS.len() + verdict as usize) * MODES.len() + mode as usize;
+        self.rules.visit(rule, true, Instant::now(), forget, |rule, series| {
+            let labels = [direction.as_str(), rule, verdict.as_str(), word(mode)];
+            if let Some(one) = series.get(at) {
+                one.get_or_init(|| self.decisions.with_label_values(&labels)).inc();
+            }
         });
+    }
+
+    /// A request's head has arrived.
+    pub fn request_begun(&self, direction: Direction) {
+        self.http.begun(direction);
+    }
+
+    /// A request ended.
+    pub fn request(&self, record: &RequestRecord) {
+        self.http.ended(record, Instant::now());
+    }
+
+    /// Something happened that is no end of anything.
+    pub fn event(&self, direction: Direction, event: Event) {
+        self.http.event(direction, event);
     }
 
     /// A connection was accepted.
@@ -337,14 +367,14 @@ impl Metrics {
     }
 
     fn count_peer(&self, direction: &str, peer: &str, may_displace: bool, now: Instant) {
-        let forget = |gone: &str| {
+        let forget = |gone: &str, (): &()| {
             for direction in DIRECTIONS.map(Direction::as_str) {
                 // Only a direction that was used has series.
                 let _ = self.peer_connections.remove_label_values(&[direction, gone]);
                 let _ = self.peer_info.remove_label_values(&[direction, gone]);
             }
         };
-        self.peers.visit(peer, may_displace, now, forget, |peer| {
+        self.peers.visit(peer, may_displace, now, forget, |peer, ()| {
             self.peer_connections.with_label_values(&[direction, peer]).inc();
             self.peer_info.with_label_values(&[direction, peer]).set(1);
         });
