@@ -68,7 +68,9 @@ async fn call(stream: DuplexStream, client: &Client, slots: &Semaphore) {
         }
         Client::Ours(config) => {
             let deadline = Instant::now() + Duration::from_secs(5);
-            let (record, connection) = client::connect(stream, name, Arc::clone(config), slots, deadline).await;
+            let (record, connection) =
+                client::connect(stream, name, Arc::clone(config), portcullis::tls::Offer::Nothing, slots, deadline)
+                    .await;
             assert!(connection.is_some(), "{record:?}");
         }
     }

@@ -112,7 +112,19 @@ pub fn config_yaml() -> Config {
 pub fn server_tls(profile: &Arc<Profile>, identity: &Arc<Identity>) -> Arc<ServerTls> {
     let trust = Arc::new(Trust::new(Arc::clone(&identity.bundles), Arc::clone(profile), Clock::system()).unwrap());
     let policy = Policy::compile(&config_yaml()).listener("in").unwrap();
-    Arc::new(ServerTls::new(profile, identity, &trust, &policy, &Clock::system(), false, 1).unwrap())
+    Arc::new(
+        ServerTls::new(
+            profile,
+            identity,
+            &trust,
+            &policy,
+            &Clock::system(),
+            portcullis::tls::server::Serves::Bytes,
+            false,
+            1,
+        )
+        .unwrap(),
+    )
 }
 
 pub fn client_tls(profile: &Arc<Profile>, identity: &Arc<Identity>) -> Arc<ClientTls> {

@@ -20,15 +20,18 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::clock::Clock;
 use crate::config::Config;
-use crate::config::schema;
+use crate::config::schema::{self, Protocol};
+use crate::config::address;
 use crate::identity::Identity;
 use crate::identity::keeper::Current;
 use crate::policy::{Expected, Policy};
+use crate::proxy::http::{Mesh, Pool};
 use crate::proxy::listener::{Address, Inbound, InboundState, Listener, Outbound, OutboundState, Shared};
 use crate::proxy::record::{Cause, Observer};
 use crate::proxy::registry::Registry;
 use crate::proxy::upstream::{HostPort, Target};
 use crate::tls::record::Direction;
+use crate::tls::server::Serves;
 use crate::tls::{ClientTls, Profile, ServerTls, Trust};
 
 /// A config that cannot be applied, in words.
@@ -234,7 +237,7 @@ impl Proxy {
         let identity = self.current.borrow().identity.clone();
         self.renew_trust(&mut house, identity.as_ref());
         for (name, declared, listener) in new_inbound {
-            let Some(state) = house.inbound_state(&name, identity.as_ref(), &self.shared.clock) else { continue };
+            let Some(state) = house.inbound_state(&name, identity.as_ref(), &self.shared) else { continue };
             let serving = Arc::new(Inbound { name: name.as_str().into(), state: ArcSwap::from_pointee(state) });
             let (stop, stopped) = watch::channel(false);
             let bound = listener.local_address().unwrap_or_else(|_| declared.clone());
@@ -242,7 +245,7 @@ impl Proxy {
             house.inbound.insert(name, Running { listener: serving, declared, bound, stop });
         }
         for (name, declared, listener) in new_outbound {
-            let Some(state) = house.outbound_state(&name, identity.as_ref(), &self.shared.clock) else { continue };
+            let Some(state) = house.outbound_state(&name, identity.as_ref(), &self.shared) else { continue };
             let serving = Arc::new(Outbound { name: name.as_str().into(), state: ArcSwap::from_pointee(state) });
             let (stop, stopped) = watch::channel(false);
             let bound = listener.local_address().unwrap_or_else(|_| declared.clone());
@@ -292,32 +295,40 @@ impl Proxy {
         house.identity = identity.clone();
         let names: Vec<String> = house.inbound.keys().cloned().collect();
         for name in names {
-            if let Some(state) = house.inbound_state(&name, identity.as_ref(), &self.shared.clock)
+            if let Some(state) = house.inbound_state(&name, identity.as_ref(), &self.shared)
                 && let Some(running) = house.inbound.get(&name)
             {
-                running.listener.state.store(Arc::new(state));
+                running.listener.state.swap(Arc::new(state)).retire();
             }
         }
         let names: Vec<String> = house.outbound.keys().cloned().collect();
         for name in names {
-            if let Some(state) = house.outbound_state(&name, identity.as_ref(), &self.shared.clock)
+            if let Some(state) = house.outbound_state(&name, identity.as_ref(), &self.shared)
                 && let Some(running) = house.outbound.get(&name)
             {
-                running.listener.state.store(Arc::new(state));
+                running.listener.state.swap(Arc::new(state)).retire();
             }
         }
+        let mut requests = 0;
         let ended = self.shared.registry.rejudge(|entry, peer| match entry.direction {
             Direction::Inbound => match house.inbound.get(&*entry.listener) {
-                Some(running) => running.listener.state.load().rejudge(peer, &self.shared.clock),
+                Some(running) => {
+                    let state = running.listener.state.load();
+                    let cause = state.rejudge(entry, peer, &self.shared.clock);
+                    if cause.is_none() {
+                        requests += state.rejudge_requests(entry, peer);
+                    }
+                    cause
+                }
                 None => Some(Cause::Drained),
             },
             Direction::Outbound => match house.outbound.get(&*entry.listener) {
-                Some(running) => running.listener.state.load().rejudge(peer, &self.shared.clock),
+                Some(running) => running.listener.state.load().rejudge(entry, peer, &self.shared.clock),
                 None => Some(Cause::Drained),
             },
         });
-        if ended > 0 {
-            tracing::info!(ended, "live connections were judged again and ended");
+        if ended > 0 || requests > 0 {
+            tracing::info!(ended, requests, "live connections and requests were judged again and ended");
         }
         let serving = house.inbound.values().all(|running| running.listener.state.load().tls.is_some())
             && house.outbound.values().all(|running| running.listener.state.load().tls.is_some());
@@ -342,23 +353,34 @@ impl Proxy {
             }
         };
         let _ = tokio::time::timeout(Duration::from_secs(1), closed).await;
-        if tokio::time::timeout(timeout, self.shared.registry.until_empty()).await.is_ok() {
-            return 0;
-        }
+        self.shared.registry.drain();
+        let _ = tokio::time::timeout(timeout, self.shared.registry.until_empty()).await;
         let left = self.shared.registry.len();
+        // What is left, and the connections that were kept to send requests on.
         self.shared.registry.stop_all(Cause::Drained, |_| true);
         // Their tasks need a moment to write their records.
-        let _ = tokio::time::timeout(Duration::from_secs(2), self.shared.registry.until_empty()).await;
+        let _ = tokio::time::timeout(Duration::from_secs(2), self.shared.registry.until_gone()).await;
         left
     }
 }
 
 impl House {
-    fn inbound_state(&self, name: &str, identity: Option<&Arc<Identity>>, clock: &Clock) -> Option<InboundState> {
+    /// Whether one of these ports is declared as one on which the server speaks first.
+    fn server_first(&self, ports: impl IntoIterator<Item = Option<u16>>) -> bool {
+        ports.into_iter().flatten().any(|port| self.config.detect.opaque_ports.contains(&port))
+    }
+
+    fn inbound_state(
+        &self,
+        name: &str,
+        identity: Option<&Arc<Identity>>,
+        shared: &Arc<Shared>,
+    ) -> Option<InboundState> {
         let declared = self.config.inbound.iter().find(|inbound| inbound.name == name)?;
         let policy = self.policy.listener(name)?;
         let tls = identity.zip(self.trust.as_ref()).and_then(|(identity, trust)| {
-            ServerTls::new(&self.profile, identity, trust, &policy, clock, declared.legacy_tls12, self.generation)
+            let (clock, legacy, serves) = (&shared.clock, declared.legacy_tls12, serves(declared.protocol));
+            ServerTls::new(&self.profile, identity, trust, &policy, clock, serves, legacy, self.generation)
                 .map(Arc::new)
                 .map_err(|error| tracing::error!(listener = name, %error, "the TLS configuration cannot be built"))
                 .ok()
@@ -368,6 +390,15 @@ impl House {
             policy,
             limits: self.config.connections.with(&declared.connections),
             proxy_protocol: declared.proxy_protocol,
+            protocol: declared.protocol,
+            server_first: self.server_first([Some(declared.listen.port()), port_of(&declared.to)]),
+            detect: Arc::new(self.config.detect.clone()),
+            http: declared.http.clone(),
+            http_limits: Arc::new(self.config.http.clone()),
+            pool: match declared.protocol {
+                Protocol::Tcp => None,
+                Protocol::Http | Protocol::Detect => Some(Pool::workload(shared, name, &declared.to).ok()?),
+            },
             profile: Arc::clone(&self.profile),
             slots: Arc::clone(&self.slots),
             trust: self.trust.clone(),
@@ -375,25 +406,70 @@ impl House {
         })
     }
 
-    fn outbound_state(&self, name: &str, identity: Option<&Arc<Identity>>, clock: &Clock) -> Option<OutboundState> {
+    fn outbound_state(
+        &self,
+        name: &str,
+        identity: Option<&Arc<Identity>>,
+        shared: &Arc<Shared>,
+    ) -> Option<OutboundState> {
         let declared: &schema::Outbound = self.config.outbound.iter().find(|outbound| outbound.name == name)?;
         let expected = Arc::new(Expected::new(name, declared.expect.as_slice()));
         let tls = identity.zip(self.trust.as_ref()).and_then(|(identity, trust)| {
-            ClientTls::new(&self.profile, identity, trust, &expected, clock, declared.legacy_tls12)
+            ClientTls::new(&self.profile, identity, trust, &expected, &shared.clock, declared.legacy_tls12)
                 .map(Arc::new)
                 .map_err(|error| tracing::error!(listener = name, %error, "the TLS configuration cannot be built"))
                 .ok()
         });
+        let hosts = || declared.to.as_slice().iter().map(|to| HostPort::parse(to)).collect::<Result<Vec<_>, _>>().ok();
+        let limits = self.config.connections.with(&declared.connections);
+        let mut ports: Vec<Option<u16>> = declared.to.as_slice().iter().map(|to| port_of(to)).collect();
+        ports.push(port_of(&declared.listen));
+        let pool = match declared.protocol {
+            Protocol::Tcp => None,
+            Protocol::Http | Protocol::Detect => {
+                let mesh = Mesh {
+                    hosts: hosts()?,
+                    tls: tls.clone(),
+                    expected: Arc::clone(&expected),
+                    profile: Arc::clone(&self.profile),
+                    slots: Arc::clone(&self.slots),
+                    limits: limits.clone(),
+                    connect_timeout: declared.connect_timeout.0,
+                };
+                Some(Pool::mesh(shared, name, mesh, declared.http.clone()))
+            }
+        };
         Some(OutboundState {
-            to: declared.to.as_slice().iter().map(|to| HostPort::parse(to)).collect::<Result<_, _>>().ok()?,
+            to: hosts()?,
             expected,
-            limits: self.config.connections.with(&declared.connections),
+            limits,
+            protocol: declared.protocol,
+            server_first: self.server_first(ports),
+            detect: Arc::new(self.config.detect.clone()),
+            http_limits: Arc::new(self.config.http.clone()),
+            pool,
             connect_timeout: declared.connect_timeout.0,
             profile: Arc::clone(&self.profile),
             slots: Arc::clone(&self.slots),
             trust: self.trust.clone(),
             tls,
         })
+    }
+}
+
+/// The port of an address as declared; none for a Unix socket.
+fn port_of(text: &str) -> Option<u16> {
+    match address::Target::parse(text).ok()? {
+        address::Target::Tcp { port, .. } => Some(port),
+        address::Target::Unix(_) => None,
+    }
+}
+
+fn serves(protocol: Protocol) -> Serves {
+    match protocol {
+        Protocol::Tcp => Serves::Bytes,
+        Protocol::Http => Serves::Http,
+        Protocol::Detect => Serves::Any,
     }
 }
 

@@ -107,15 +107,23 @@ impl Drop for Connection {
     }
 }
 
-/// The deadlines of a connection whose peer is known.
-pub(super) fn deadlines(limits: &Connections, entry: &Entry, peer: &Peer, clock: &Clock) -> Deadlines {
-    let left = std::time::Duration::from_secs((peer.not_after() + 1).saturating_sub(clock.now()));
+/// The deadlines of a connection that has no peer of its own: its requests go over connections that have.
+pub(super) fn lone_deadlines(limits: &Connections, entry: &Entry) -> Deadlines {
     Deadlines {
         idle: limits.idle_timeout.0,
         half_closed: limits.half_closed_timeout.0,
         max_age: limits.max_age.and_then(|age| entry.opened.checked_add(age.0)),
+        peer_expiry: None,
+    }
+}
+
+/// The deadlines of a connection whose peer is known.
+pub(super) fn deadlines(limits: &Connections, entry: &Entry, peer: &Peer, clock: &Clock) -> Deadlines {
+    let left = std::time::Duration::from_secs((peer.not_after() + 1).saturating_sub(clock.now()));
+    Deadlines {
         peer_expiry: (limits.on_peer_expiry == OnPeerExpiry::Close)
             .then(|| std::time::Instant::now().checked_add(left))
             .flatten(),
+        ..lone_deadlines(limits, entry)
     }
 }

@@ -1,75 +1,135 @@
-//! Towards the workload: mTLS in, plaintext to the workload.
+//! Towards the workload: mTLS in, plaintext to the workload. Requests are judged one by one, bytes once.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsStream;
 
 use super::connection::{Connection, deadlines};
+use super::detect::{Detected, Outcome, Prefixed, read_until_detected};
+use super::http::{self, Spoken, Way};
 use super::io::Plain;
 use super::listener::{Accepted, Inbound, InboundState, Shared};
 use super::proxy_protocol;
-use super::record::Cause;
-use super::tcp::Forward;
-use crate::config::schema::ProxyProtocol;
-use crate::policy::Admitted;
+use super::record::{Cause, Event};
+use super::tcp::{Deadlines, Forward};
+use crate::config::schema::{OnDetectTimeout, Protocol, ProxyProtocol};
+use crate::identity::SpiffeId;
+use crate::policy::{Admitted, Subject};
 use crate::tls::reason::Reason;
-use crate::tls::record::{Direction, Failure, HandshakeRecord};
-use crate::tls::{Authenticated, ReadAhead, server};
+use crate::tls::record::{Direction, Failure, HandshakeRecord, Negotiated};
+use crate::tls::{Alpn, Authenticated, Peer, ReadAhead, server};
 
 /// How long the workload may take to accept.
-const WORKLOAD_TIMEOUT: Duration = Duration::from_secs(5);
+const WORKLOAD_TIMEOUT: Duration = http::WORKLOAD_TIMEOUT;
+
+/// The bytes of a proven peer.
+struct Proven {
+    stream: Prefixed<TlsStream<ReadAhead<TcpStream>>>,
+    peer: Arc<Peer>,
+}
+
+impl Subject for Proven {
+    fn spiffe_id(&self) -> &SpiffeId {
+        self.peer.id()
+    }
+}
+
+/// What an opened connection carries.
+enum Opened {
+    /// Bytes, admitted as a whole.
+    Bytes(Admitted<Proven>, Plain, Deadlines),
+    /// Requests, none of which is admitted yet.
+    Requests(Proven, Spoken, Way, Deadlines, Arc<InboundState>),
+}
 
 pub(super) async fn serve(accepted: Accepted, listener: Arc<Inbound>, shared: Arc<Shared>) {
-    let mut connection = Connection::open(&shared, Direction::Inbound, &listener.name, accepted.client);
+    let Accepted { io, client, at, _place } = accepted;
+    let mut connection = Connection::open(&shared, Direction::Inbound, &listener.name, client);
     let state = listener.state.load_full();
     let entry = Arc::clone(connection.entry());
     // The handshake's state is large and short-lived: in a box it is gone when the long part begins.
-    let opening = Box::pin(open(&mut connection, accepted.client, accepted.io, accepted.at, &listener, state, &shared));
+    let opening = Box::pin(open(&mut connection, client, io, at, &listener, state, &shared));
     let opened = tokio::select! {
         biased;
         opened = opening => opened,
         // Told to end while opening, by a drain.
         _ = entry.until_stopped() => None,
     };
-    let Some((admitted, plain, deadlines)) = opened else { return };
-    forward(connection, admitted, plain, deadlines, shared).await;
+    match opened {
+        None => {}
+        Some(Opened::Bytes(admitted, plain, deadlines)) => {
+            forward(connection, admitted, plain, deadlines, shared).await;
+        }
+        Some(Opened::Requests(proven, spoken, way, deadlines, state)) => {
+            let limits = Arc::clone(&state.http_limits);
+            drop(state);
+            Box::pin(http::serve(proven.stream, spoken, way, connection, limits, deadlines, shared)).await;
+        }
+    }
 }
 
-/// Authenticates, admits, and only then dials the workload.
+/// Authenticates, finds out what is carried, and admits what is admitted as a whole.
 async fn open(
     connection: &mut Connection,
     client: super::listener::Client,
     io: Plain,
-    accepted_at: std::time::Instant,
-    listener: &Inbound,
+    accepted_at: Instant,
+    listener: &Arc<Inbound>,
     state: Arc<InboundState>,
     shared: &Arc<Shared>,
-) -> Option<(Admitted<Authenticated>, Plain, super::tcp::Deadlines)> {
+) -> Option<Opened> {
     let Plain::Tcp(stream) = io else { return None };
     let Some(tls) = state.tls.clone() else {
         connection.handshake(&refused(Direction::Inbound, Reason::NoIdentity, "we have no SVID that may be used"));
         super::io::abort(&stream);
         return None;
     };
-    connection.set_local(tls.identity().svid.id());
+    let local = tls.identity().svid.id().clone();
+    connection.set_local(&local);
     let server = stream.local_addr().ok();
     let deadline = accepted_at + state.profile.handshake_timeout;
     let (record, authenticated) = server::accept(ReadAhead::new(stream), tls, &state.slots, deadline).await;
     connection.handshake(&record);
     let Some(authenticated) = authenticated else {
         if let Some(claimed) = &record.claimed {
-            connection.decided(Direction::Inbound, &state.policy.decide(claimed));
+            connection.decided(Direction::Inbound, &state.policy.door(claimed));
         }
         return None;
     };
-    let peer = Arc::clone(authenticated.peer());
     let negotiated = *authenticated.negotiated();
+    let (spoken, proven) = carried(connection, authenticated, &state, shared).await?;
+    let peer = Arc::clone(&proven.peer);
+    if spoken.is_some() {
+        connection.entry().carries_requests();
+    }
     if connection.set_peer(&peer, state.limits.max_per_peer).is_err() {
         connection.end(Cause::Limit, "connections.max_per_peer is reached");
         return None;
     }
-    let admitted = match state.policy.admit(authenticated) {
+    // Whatever was published since this connection took its state is looked at now that the registry knows the peer.
+    let changed = |connection: &mut Connection| {
+        let now = listener.state.load();
+        if !Arc::ptr_eq(&now, &state)
+            && let Some(cause) = now.rejudge(connection.entry(), &peer, &shared.clock)
+        {
+            connection.end(cause, "changed during the handshake");
+            return true;
+        }
+        false
+    };
+    let limits = deadlines(&state.limits, connection.entry(), &peer, &shared.clock);
+    if let Some(spoken) = spoken {
+        if changed(connection) {
+            return None;
+        }
+        connection.upstream = Some(state.to.to_string());
+        let way = Way::inbound(Arc::clone(listener), peer, negotiated, local);
+        return Some(Opened::Requests(proven, spoken, way, limits, state));
+    }
+    let admitted = match state.policy.admit(proven) {
         Ok(admitted) => admitted,
         Err((_, decision)) => {
             connection.decided(Direction::Inbound, &decision);
@@ -78,14 +138,110 @@ async fn open(
         }
     };
     connection.decided(Direction::Inbound, admitted.decision());
-    // Whatever was published since this connection took its state is looked at now that the registry knows the peer.
-    let now = listener.state.load();
-    if !Arc::ptr_eq(&now, &state)
-        && let Some(cause) = now.rejudge(&peer, &shared.clock)
-    {
-        connection.end(cause, "changed during the handshake");
+    if changed(connection) {
         return None;
     }
+    let plain = workload(connection, client, server, &peer, &negotiated, &state).await?;
+    Some(Opened::Bytes(admitted, plain, limits))
+}
+
+/// What is spoken: HTTP in some form, or none for bytes. By ALPN where it says, by the first bytes where it does not.
+async fn carried(
+    connection: &mut Connection,
+    authenticated: Authenticated,
+    state: &InboundState,
+    shared: &Shared,
+) -> Option<(Option<Spoken>, Proven)> {
+    let (alpn, peer) = (authenticated.alpn(), Arc::clone(authenticated.peer()));
+    let stream = authenticated.into_stream();
+    let known = match (state.protocol, alpn) {
+        (Protocol::Tcp, _) => Some(None),
+        (_, Alpn::Mesh) => Some(Some(Spoken::Mesh)),
+        (_, Alpn::H2) => Some(Some(Spoken::Http2)),
+        (_, Alpn::Http11) => Some(Some(Spoken::Http1)),
+        (Protocol::Detect, Alpn::None) if state.server_first => Some(None),
+        (_, Alpn::None) => None,
+    };
+    if let Some(spoken) = known {
+        return Some((spoken, Proven { stream: Prefixed::new(stream), peer }));
+    }
+    let detect = state.protocol == Protocol::Detect;
+    let timeout = if detect { state.detect.timeout.0 } else { state.limits.idle_timeout };
+    let (spoken, stream) =
+        sniff(connection, stream, timeout, detect.then_some(state.detect.on_timeout), shared, Direction::Inbound).await?;
+    Some((spoken, Proven { stream, peer }))
+}
+
+/// Reads the first bytes of a stream to find out what is spoken. `opaque` says what becomes of a silent one on a listener
+/// that carries bytes as well; without it, only HTTP is served. None where the connection ends here.
+pub(super) async fn sniff<S: tokio::io::AsyncRead + Unpin>(
+    connection: &mut Connection,
+    stream: S,
+    timeout: Duration,
+    opaque: Option<OnDetectTimeout>,
+    shared: &Shared,
+    direction: Direction,
+) -> Option<(Option<Spoken>, Prefixed<S>)> {
+    let (outcome, stream) = match read_until_detected(stream, timeout).await {
+        Ok(read) => read,
+        Err(error) => {
+            connection.end(Cause::Reset, error.to_string());
+            return None;
+        }
+    };
+    let listener = Arc::clone(&connection.entry().listener);
+    let count = |what| {
+        if opaque.is_some() {
+            shared.observer.event(direction, &listener, Event::Detected(what));
+        }
+    };
+    let spoken = match outcome {
+        Outcome::Detected(Detected::Http1) => {
+            count("http1");
+            Some(Spoken::Http1)
+        }
+        Outcome::Detected(Detected::Http2) => {
+            count("http2");
+            Some(Spoken::Http2)
+        }
+        Outcome::Detected(found) => {
+            count(if found == Detected::Tls { "tls" } else { "opaque" });
+            if opaque.is_none() {
+                connection.end(Cause::Protocol, "the first bytes are not HTTP");
+                return None;
+            }
+            None
+        }
+        Outcome::TimedOut => {
+            count("timeout");
+            if opaque != Some(OnDetectTimeout::Opaque) {
+                connection.end(Cause::Protocol, "no protocol was recognised in time");
+                return None;
+            }
+            None
+        }
+        Outcome::Closed => {
+            // Too few bytes to tell, and no more will come: they are carried, if bytes are.
+            if stream.ahead().is_empty() || opaque.is_none() {
+                connection.end(Cause::Done, "closed before it said anything");
+                return None;
+            }
+            count("opaque");
+            None
+        }
+    };
+    Some((spoken, stream))
+}
+
+/// Dials the workload and says who comes, if that is asked for.
+async fn workload(
+    connection: &mut Connection,
+    client: super::listener::Client,
+    server: Option<std::net::SocketAddr>,
+    peer: &Peer,
+    negotiated: &Negotiated,
+    state: &InboundState,
+) -> Option<Plain> {
     connection.upstream = Some(state.to.to_string());
     let mut plain = match state.to.connect(WORKLOAD_TIMEOUT).await {
         Ok(plain) => plain,
@@ -95,7 +251,7 @@ async fn open(
         }
     };
     if state.proxy_protocol == ProxyProtocol::V2 {
-        let header = proxy_protocol::header(&client, server, peer.id(), &negotiated);
+        let header = proxy_protocol::header(&client, server, peer.id(), negotiated);
         if let Err(error) = tokio::time::timeout(WORKLOAD_TIMEOUT, plain.write_all(&header))
             .await
             .unwrap_or(Err(std::io::ErrorKind::TimedOut.into()))
@@ -104,20 +260,19 @@ async fn open(
             return None;
         }
     }
-    let deadlines = deadlines(&state.limits, connection.entry(), &peer, &shared.clock);
-    Some((admitted, plain, deadlines))
+    Some(plain)
 }
 
 async fn forward(
     mut connection: Connection,
-    admitted: Admitted<Authenticated>,
+    admitted: Admitted<Proven>,
     mut plain: Plain,
-    deadlines: super::tcp::Deadlines,
+    deadlines: Deadlines,
     shared: Arc<Shared>,
 ) {
-    let mut tls = admitted.into_subject().into_stream();
+    let mut tls = admitted.into_subject().stream;
     let entry = Arc::clone(connection.entry());
-    let end = Forward::new(&mut tls, &mut plain, &entry, deadlines, |from_tls, from_plain| {
+    let end = Forward::new(&mut tls, &mut plain, entry.stopper(), deadlines, |from_tls, from_plain| {
         connection.sent += from_tls;
         connection.received += from_plain;
         shared.observer.moved(Direction::Inbound, from_tls, from_plain);

@@ -17,12 +17,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::connection::Connection;
 use super::io::{Plain, tune};
-use super::record::{Cause, Observer};
-use super::registry::Registry;
+use super::http::Pool;
+use super::record::{Cause, Observer, RequestCause};
+use super::registry::{Entry, Registry};
 use super::upstream::{HostPort, Target};
 use crate::clock::Clock;
 use crate::config::address;
-use crate::config::schema::{Connections, OnPeerExpiry, ProxyProtocol};
+use crate::config::schema::{Connections, Detect, HttpLimits, InboundHttp, OnPeerExpiry, Protocol, ProxyProtocol};
 use crate::identity::svid::Usage;
 use crate::policy::{Expected, ListenerPolicy};
 use crate::tls::reason::Reason;
@@ -58,6 +59,18 @@ pub struct InboundState {
     pub limits: Connections,
     /// Whether the peer's identity is sent ahead of the bytes.
     pub proxy_protocol: ProxyProtocol,
+    /// What it carries.
+    pub protocol: Protocol,
+    /// Whether bytes are carried unseen because the server speaks first.
+    pub server_first: bool,
+    /// How it is found out what is spoken.
+    pub detect: Arc<Detect>,
+    /// Options of HTTP.
+    pub http: InboundHttp,
+    /// Limits of HTTP.
+    pub http_limits: Arc<HttpLimits>,
+    /// Where requests go, if it carries any.
+    pub pool: Option<Arc<Pool>>,
     /// The profile.
     pub profile: Arc<Profile>,
     /// Places for handshakes.
@@ -77,6 +90,16 @@ pub struct OutboundState {
     pub expected: Arc<Expected>,
     /// Limits and timeouts.
     pub limits: Connections,
+    /// What it carries.
+    pub protocol: Protocol,
+    /// Whether bytes are carried unseen because the server speaks first.
+    pub server_first: bool,
+    /// How it is found out what is spoken.
+    pub detect: Arc<Detect>,
+    /// Limits of HTTP.
+    pub http_limits: Arc<HttpLimits>,
+    /// Where requests go, if it carries any.
+    pub pool: Option<Arc<Pool>>,
     /// How long one address may take to accept.
     pub connect_timeout: Duration,
     /// The profile.
@@ -109,19 +132,52 @@ pub struct Outbound {
 
 impl InboundState {
     /// Whether a live connection of this peer would still be admitted; the cause if not.
-    pub fn rejudge(&self, peer: &Peer, clock: &Clock) -> Option<Cause> {
+    pub fn rejudge(&self, entry: &Entry, peer: &Peer, clock: &Clock) -> Option<Cause> {
         let (Some(trust), Some(_)) = (&self.trust, &self.tls) else { return Some(Cause::OwnExpired) };
-        rejudge_trust(trust, peer, Usage::Client, self.limits.on_peer_expiry, clock)
-            .or_else(|| (!self.policy.decide(peer.id()).admits()).then_some(Cause::PolicyChanged))
+        rejudge_trust(trust, peer, Usage::Client, self.limits.on_peer_expiry, clock).or_else(|| {
+            let admitted = match (entry.is_http(), self.protocol) {
+                (true, Protocol::Tcp) | (false, Protocol::Http) => false,
+                (true, _) => self.policy.could_admit(peer.id()),
+                (false, _) => self.policy.decide(peer.id()).admits(),
+            };
+            (!admitted).then_some(Cause::PolicyChanged)
+        })
+    }
+
+    /// Ends those requests of a live connection that would no longer be admitted. Answers how many those were.
+    pub fn rejudge_requests(&self, entry: &Entry, peer: &Peer) -> usize {
+        if entry.requests().is_empty() {
+            return 0;
+        }
+        let rules = self.policy.for_peer(peer.id());
+        entry
+            .requests()
+            .rejudge(|facts| (!rules.decide(facts).decision.admits()).then_some(RequestCause::PolicyChanged))
+    }
+
+    /// It was replaced: nothing new begins by it.
+    pub fn retire(&self) {
+        if let Some(pool) = &self.pool {
+            pool.retire();
+        }
     }
 }
 
 impl OutboundState {
     /// Whether a live connection to this upstream would still be admitted; the cause if not.
-    pub fn rejudge(&self, peer: &Peer, clock: &Clock) -> Option<Cause> {
+    pub fn rejudge(&self, _: &Entry, peer: &Peer, clock: &Clock) -> Option<Cause> {
         let (Some(trust), Some(_)) = (&self.trust, &self.tls) else { return Some(Cause::OwnExpired) };
         rejudge_trust(trust, peer, Usage::Server, self.limits.on_peer_expiry, clock)
             .or_else(|| (!self.expected.contains(peer.id())).then_some(Cause::PolicyChanged))
+    }
+}
+
+impl OutboundState {
+    /// It was replaced: nothing new begins by it.
+    pub fn retire(&self) {
+        if let Some(pool) = &self.pool {
+            pool.retire();
+        }
     }
 }
 
@@ -150,6 +206,8 @@ pub enum Client {
     Tcp(SocketAddr),
     /// Over a Unix socket.
     Unix,
+    /// Nobody: a connection that we keep to send requests on.
+    Pool,
 }
 
 impl fmt::Display for Client {
@@ -157,6 +215,7 @@ impl fmt::Display for Client {
         match self {
             Self::Tcp(address) => address.fmt(f),
             Self::Unix => f.write_str("unix"),
+            Self::Pool => f.write_str("pool"),
         }
     }
 }

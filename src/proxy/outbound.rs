@@ -1,36 +1,71 @@
-//! From the workload: plaintext in, mTLS to a named upstream.
+//! From the workload: plaintext in, mTLS to a named upstream. Bytes get a connection of their own, requests share some.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::connection::{Connection, deadlines};
-use super::inbound::refused;
+use super::connection::{Connection, deadlines, lone_deadlines};
+use super::detect::Prefixed;
+use super::http::{self, Spoken, Way};
+use super::inbound::{refused, sniff};
 use super::io::Plain;
 use super::listener::{Accepted, Outbound, OutboundState, Shared};
 use super::record::Cause;
 use super::tcp::{Deadlines, Forward};
 use super::upstream;
+use crate::config::schema::Protocol;
 use crate::policy::Admitted;
 use crate::tls::reason::Reason;
 use crate::tls::record::Direction;
-use crate::tls::{Authenticated, ReadAhead, client};
+use crate::tls::{Authenticated, Offer, ReadAhead, client};
 
 pub(super) async fn serve(accepted: Accepted, listener: Arc<Outbound>, shared: Arc<Shared>) {
     let mut connection = Connection::open(&shared, Direction::Outbound, &listener.name, accepted.client);
     let state = listener.state.load_full();
     let entry = Arc::clone(connection.entry());
+    let plain = accepted.io;
+    let sniffing = Box::pin(carried(&mut connection, plain, &state, &shared));
+    let carried = tokio::select! {
+        biased;
+        carried = sniffing => carried,
+        _ = entry.until_stopped() => None,
+    };
+    let Some((spoken, mut plain)) = carried else { return };
+    if let Some(spoken) = spoken {
+        entry.carries_requests();
+        let deadlines = lone_deadlines(&state.limits, &entry);
+        let limits = Arc::clone(&state.http_limits);
+        drop(state);
+        Box::pin(http::serve(plain, spoken, Way::Outbound(listener), connection, limits, deadlines, shared)).await;
+        return;
+    }
     let opening = Box::pin(open(&mut connection, &listener, state, &shared));
     let opened = tokio::select! {
         biased;
         opened = opening => opened,
         _ = entry.until_stopped() => None,
     };
-    let mut plain = accepted.io;
     let Some((admitted, deadlines)) = opened else {
-        plain.abort();
+        plain.get_ref().abort();
         return;
     };
     forward(connection, admitted, &mut plain, deadlines, shared).await;
+}
+
+/// What the workload speaks: HTTP in some form, or none for bytes.
+async fn carried(
+    connection: &mut Connection,
+    plain: Plain,
+    state: &OutboundState,
+    shared: &Shared,
+) -> Option<(Option<Spoken>, Prefixed<Plain>)> {
+    let opaque = match state.protocol {
+        Protocol::Tcp => return Some((None, Prefixed::new(plain))),
+        Protocol::Detect if state.server_first => return Some((None, Prefixed::new(plain))),
+        Protocol::Detect => Some(state.detect.on_timeout),
+        Protocol::Http => None,
+    };
+    let timeout = if opaque.is_some() { state.detect.timeout.0 } else { state.limits.idle_timeout };
+    sniff(connection, plain, timeout, opaque, shared, Direction::Outbound).await
 }
 
 /// Finds the upstream: tries its addresses in order until one proves to be whom we expect.
@@ -63,9 +98,15 @@ async fn open(
                 }
             };
             let deadline = Instant::now() + state.profile.handshake_timeout;
-            let (record, authenticated) =
-                client::connect(ReadAhead::new(stream), host.server_name(), Arc::clone(&tls), &state.slots, deadline)
-                    .await;
+            let (record, authenticated) = client::connect(
+                ReadAhead::new(stream),
+                host.server_name(),
+                Arc::clone(&tls),
+                Offer::Nothing,
+                &state.slots,
+                deadline,
+            )
+            .await;
             connection.handshake(&record);
             if let Some(authenticated) = authenticated {
                 return admit(connection, authenticated, listener, &state, shared);
@@ -98,7 +139,7 @@ fn admit(
     connection.decided(Direction::Outbound, admitted.decision());
     let now = listener.state.load();
     if !Arc::ptr_eq(&now, state)
-        && let Some(cause) = now.rejudge(&peer, &shared.clock)
+        && let Some(cause) = now.rejudge(connection.entry(), &peer, &shared.clock)
     {
         connection.end(cause, "changed during the handshake");
         return None;
@@ -110,20 +151,20 @@ fn admit(
 async fn forward(
     mut connection: Connection,
     admitted: Admitted<Authenticated>,
-    plain: &mut Plain,
+    plain: &mut Prefixed<Plain>,
     deadlines: Deadlines,
     shared: Arc<Shared>,
 ) {
     let mut tls = admitted.into_subject().into_stream();
     let entry = Arc::clone(connection.entry());
-    let end = Forward::new(&mut tls, plain, &entry, deadlines, |from_tls, from_plain| {
+    let end = Forward::new(&mut tls, plain, entry.stopper(), deadlines, |from_tls, from_plain| {
         connection.sent += from_plain;
         connection.received += from_tls;
         shared.observer.moved(Direction::Outbound, from_plain, from_tls);
     })
     .await;
     if end.cause != Cause::Done {
-        plain.abort();
+        plain.get_ref().abort();
     }
     connection.end(end.cause, end.detail);
 }

@@ -2,15 +2,16 @@
 //!
 //! A connection registers before its first check. Whoever changes policy or trust publishes the change first and then
 //! walks the registry; a connection writes its peer down first and then looks whether anything was published since. So
-//! no change slips between.
+//! no change slips between. The requests under way on a connection stand in its [`Entry`], by the same rule.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use atomic_waker::AtomicWaker;
 
+use super::http::live::Requests;
 use super::record::Cause;
 use crate::identity::SpiffeId;
 use crate::tls::Peer;
@@ -33,6 +34,11 @@ pub struct Entry {
     peer: OnceLock<Arc<Peer>>,
     /// 0, or one more than the index of the cause in [`Cause::ALL`].
     stop: AtomicU8,
+    /// Whether it is to end as soon as what is under way on it has ended.
+    draining: AtomicBool,
+    /// Whether it carries requests that are judged one by one.
+    http: AtomicBool,
+    requests: Requests,
     waker: AtomicWaker,
 }
 
@@ -57,10 +63,50 @@ impl Entry {
         }
     }
 
+    /// Asks the connection to end once what is under way on it has ended.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::SeqCst);
+        self.waker.wake();
+    }
+
+    /// Whether the connection was asked to end in order.
+    pub fn draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Notes that this connection carries HTTP.
+    pub fn carries_requests(&self) {
+        self.http.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether its requests are judged one by one.
+    pub fn is_http(&self) -> bool {
+        self.http.load(Ordering::SeqCst)
+    }
+
+    /// The requests under way on it.
+    pub fn requests(&self) -> &Requests {
+        &self.requests
+    }
+
     /// Like [`Entry::stopped`], and wakes the task when it comes to that.
     pub fn poll_stopped(&self, waker: &std::task::Waker) -> Option<Cause> {
         self.waker.register(waker);
         self.stopped()
+    }
+
+    /// [`Entry::poll_stopped`] as a function, for a forwarder.
+    pub fn stopper(&self) -> impl FnMut(&std::task::Waker) -> Option<Cause> + '_ {
+        |waker| self.poll_stopped(waker)
+    }
+
+    /// Waits until the connection is asked to end in order.
+    pub async fn until_draining(&self) {
+        std::future::poll_fn(|cx| {
+            self.waker.register(cx.waker());
+            if self.draining.load(Ordering::SeqCst) { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+        })
+        .await;
     }
 
     /// Waits until the connection is told to end.
@@ -80,6 +126,8 @@ pub struct Registry {
     per_peer: Mutex<HashMap<(Direction, SpiffeId), usize>>,
     next: AtomicU64,
     open: AtomicUsize,
+    pooled: AtomicUsize,
+    draining: AtomicBool,
     emptied: tokio::sync::Notify,
 }
 
@@ -90,6 +138,8 @@ impl Default for Registry {
             per_peer: Mutex::default(),
             next: AtomicU64::new(0),
             open: AtomicUsize::new(0),
+            pooled: AtomicUsize::new(0),
+            draining: AtomicBool::new(false),
             emptied: tokio::sync::Notify::new(),
         }
     }
@@ -112,9 +162,12 @@ impl Registry {
             opened: Instant::now(),
             peer: OnceLock::new(),
             stop: AtomicU8::new(0),
+            draining: AtomicBool::new(self.draining.load(Ordering::SeqCst)),
+            http: AtomicBool::new(false),
+            requests: Requests::default(),
             waker: AtomicWaker::new(),
         });
-        self.open.fetch_add(1, Ordering::SeqCst);
+        self.count(client).fetch_add(1, Ordering::SeqCst);
         if let Some(shard) = self.shard(number) {
             shard.lock().unwrap_or_else(PoisonError::into_inner).insert(number, Arc::clone(&entry));
         }
@@ -125,7 +178,11 @@ impl Registry {
         self.shards.get(usize::try_from(number % SHARDS as u64).unwrap_or(0))
     }
 
-    /// How many connections are open, those in a handshake included.
+    fn count(&self, client: super::listener::Client) -> &AtomicUsize {
+        if client == super::listener::Client::Pool { &self.pooled } else { &self.open }
+    }
+
+    /// How many connections are open, those in a handshake included and those that are kept to send requests on not.
     pub fn len(&self) -> usize {
         self.open.load(Ordering::SeqCst)
     }
@@ -137,9 +194,18 @@ impl Registry {
 
     /// Waits until none is open.
     pub async fn until_empty(&self) {
+        self.until(|| self.is_empty()).await;
+    }
+
+    /// Waits until none is open, and none kept to send requests on.
+    pub async fn until_gone(&self) {
+        self.until(|| self.is_empty() && self.pooled.load(Ordering::SeqCst) == 0).await;
+    }
+
+    async fn until(&self, done: impl Fn() -> bool) {
         loop {
             let notified = self.emptied.notified();
-            if self.is_empty() {
+            if done() {
                 return;
             }
             notified.await;
@@ -148,7 +214,7 @@ impl Registry {
 
     /// Judges every open connection whose peer is known, and tells those to end for which `judge` gives a cause.
     /// Answers how many those were.
-    pub fn rejudge(&self, judge: impl Fn(&Entry, &Arc<Peer>) -> Option<Cause>) -> usize {
+    pub fn rejudge(&self, mut judge: impl FnMut(&Entry, &Arc<Peer>) -> Option<Cause>) -> usize {
         let mut ended = 0;
         for entry in self.snapshot(usize::MAX) {
             if let Some(cause) = entry.peer().and_then(|peer| judge(&entry, peer)) {
@@ -157,6 +223,14 @@ impl Registry {
             }
         }
         ended
+    }
+
+    /// Asks every connection, also those to come, to end in order.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::SeqCst);
+        for entry in self.snapshot(usize::MAX) {
+            entry.drain();
+        }
     }
 
     /// Tells all that `which` picks to end.
@@ -230,7 +304,7 @@ impl Drop for Registration {
         if let Some(shard) = self.registry.shard(self.entry.number) {
             shard.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.entry.number);
         }
-        if self.registry.open.fetch_sub(1, Ordering::SeqCst) == 1 {
+        if self.registry.count(self.entry.client).fetch_sub(1, Ordering::SeqCst) == 1 {
             self.registry.emptied.notify_waiters();
         }
     }

@@ -11,14 +11,13 @@ use std::cell::RefCell;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
 use super::record::Cause;
-use super::registry::Entry;
 
 /// What a worker thread lends, in bytes: four TLS records.
 const LENT: usize = 64 * 1024;
@@ -193,12 +192,12 @@ impl Half {
     }
 }
 
-/// Forwards between the TLS side and the plaintext side until both have finished, a deadline passes, or the entry is
-/// told to stop. `progress` hears how many bytes came from the TLS side and from the plaintext side since the last call.
-pub struct Forward<'a, T, P, F> {
+/// Forwards between the TLS side and the plaintext side until both have finished, a deadline passes, or `stop` has a cause
+/// (it is given the waker of the task, to be woken when it comes to that). `progress` hears how many bytes came from the TLS side and from the plaintext side since the last call.
+pub struct Forward<'a, T, P, S, F> {
     tls: &'a mut T,
     plain: &'a mut P,
-    entry: &'a Entry,
+    stop: S,
     deadlines: Deadlines,
     progress: F,
     from_tls: Half,
@@ -210,7 +209,7 @@ pub struct Forward<'a, T, P, F> {
     timer: Pin<Box<Sleep>>,
 }
 
-impl<T, P, F> std::fmt::Debug for Forward<'_, T, P, F> {
+impl<T, P, S, F> std::fmt::Debug for Forward<'_, T, P, S, F> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Forward")
             .field("from_tls", &self.from_tls)
@@ -219,14 +218,14 @@ impl<T, P, F> std::fmt::Debug for Forward<'_, T, P, F> {
     }
 }
 
-impl<'a, T, P, F> Forward<'a, T, P, F> {
+impl<'a, T, P, S, F> Forward<'a, T, P, S, F> {
     /// Ready to forward; nothing moves until it is polled.
-    pub fn new(tls: &'a mut T, plain: &'a mut P, entry: &'a Entry, deadlines: Deadlines, progress: F) -> Self {
+    pub fn new(tls: &'a mut T, plain: &'a mut P, stop: S, deadlines: Deadlines, progress: F) -> Self {
         let last = Instant::now();
         let mut forward = Self {
             tls,
             plain,
-            entry,
+            stop,
             deadlines,
             progress,
             from_tls: Half::default(),
@@ -261,17 +260,18 @@ impl<'a, T, P, F> Forward<'a, T, P, F> {
     }
 }
 
-impl<T, P, F> Future for Forward<'_, T, P, F>
+impl<T, P, S, F> Future for Forward<'_, T, P, S, F>
 where
     T: AsyncRead + AsyncWrite + Unpin,
     P: AsyncRead + AsyncWrite + Unpin,
+    S: FnMut(&Waker) -> Option<Cause> + Unpin,
     F: FnMut(u64, u64) + Unpin,
 {
     type Output = End;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<End> {
         let this = self.get_mut();
-        if let Some(cause) = this.entry.poll_stopped(cx.waker()) {
+        if let Some(cause) = (this.stop)(cx.waker()) {
             return Poll::Ready(End::new(cause));
         }
         let was_half_closed = this.half_closed();
@@ -385,7 +385,7 @@ mod tests {
             let minute = Duration::from_secs(60);
             let deadlines = Deadlines { idle: minute, half_closed: minute, max_age: None, peer_expiry: None };
             let mut tls = Refusing { looked: false, alert };
-            let end = Forward::new(&mut tls, &mut plain, registration.entry(), deadlines, |_, _| ()).await;
+            let end = Forward::new(&mut tls, &mut plain, registration.entry().stopper(), deadlines, |_, _| ()).await;
             assert_eq!(end.cause, cause, "{}", end.detail);
         }
     }

@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsConnector;
 
+use super::alpn::Offer;
 use super::outcome::{Attempt, Authenticated, Terms, conclude};
 use super::profile::Profile;
 use super::reason::Reason;
@@ -29,7 +30,8 @@ use crate::policy::Expected;
 /// with the generation.
 #[derive(Debug)]
 pub struct ClientTls {
-    config: Arc<ClientConfig>,
+    /// One for each [`Offer`]; they share the store of tickets.
+    configs: [Arc<ClientConfig>; Offer::ALL.len()],
     verifier: Arc<PeerVerifier<ByExpectation>>,
     identity: Arc<Identity>,
     profile: Arc<Profile>,
@@ -87,13 +89,22 @@ impl ClientTls {
         } else {
             Resumption::disabled()
         };
-        Ok(Self {
-            config: Arc::new(config),
-            verifier,
-            identity: Arc::clone(identity),
-            profile: Arc::clone(profile),
-            legacy_tls12,
-        })
+        let configs = Offer::ALL.map(|offer| {
+            let mut config = config.clone();
+            config.alpn_protocols = offer.protocols();
+            Arc::new(config)
+        });
+        Ok(Self { configs, verifier, identity: Arc::clone(identity), profile: Arc::clone(profile), legacy_tls12 })
+    }
+
+    fn config(&self, offer: Offer) -> &Arc<ClientConfig> {
+        let [nothing, http1, http2, tunnel] = &self.configs;
+        match offer {
+            Offer::Nothing => nothing,
+            Offer::Http1 => http1,
+            Offer::Http2 => http2,
+            Offer::Tunnel => tunnel,
+        }
     }
 
     /// Our own identity that these handshakes show.
@@ -102,7 +113,7 @@ impl ClientTls {
     }
 }
 
-/// Performs the handshake with an upstream that has just been connected to.
+/// Performs the handshake with an upstream that has just been connected to; `offer` is what we can speak inside.
 ///
 /// # Errors
 /// None of its own: a refusal is a record without a connection.
@@ -110,6 +121,7 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     name: ServerName<'static>,
     tls: Arc<ClientTls>,
+    offer: Offer,
     slots: &Semaphore,
     deadline: Instant,
 ) -> (HandshakeRecord, Option<Authenticated<S>>) {
@@ -122,7 +134,7 @@ pub async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
             return (attempt.record(Duration::ZERO, None, Err(failure)), None);
         }
     };
-    let handshake = TlsConnector::from(Arc::clone(&tls.config)).connect(name, stream);
+    let handshake = TlsConnector::from(Arc::clone(tls.config(offer))).connect(name, stream);
     let terms = Terms { verifier: &tls.verifier, profile: &tls.profile, legacy_tls12: tls.legacy_tls12 };
     conclude(attempt, handshake, Duration::ZERO, deadline, terms).await
 }

@@ -5,6 +5,7 @@
 //! accepted socket. Out: an `Authenticated` connection and a [`record::HandshakeRecord`], or a refusal with a
 //! [`reason::Reason`].
 
+mod alpn;
 pub mod client;
 pub mod hello;
 mod outcome;
@@ -19,6 +20,7 @@ pub mod tickets;
 pub mod trust;
 mod verifier;
 
+pub use alpn::{Alpn, Offer};
 pub use client::ClientTls;
 pub use outcome::Authenticated;
 pub use profile::Profile;

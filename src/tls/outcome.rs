@@ -8,6 +8,7 @@ use rustls::{AlertDescription, Error, HandshakeKind, PeerIncompatible};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 
+use super::alpn::Alpn;
 use super::probe::{Probe, Verdict};
 use super::profile::{self, Profile};
 use super::read_ahead::ReadAhead;
@@ -39,6 +40,11 @@ impl<S> Authenticated<S> {
     /// What was negotiated.
     pub fn negotiated(&self) -> &Negotiated {
         &self.negotiated
+    }
+
+    /// What is spoken on it.
+    pub fn alpn(&self) -> Alpn {
+        Alpn::of(self.stream.get_ref().1.alpn_protocol())
     }
 
     /// The bytes. Only an admitted connection gives them away: see `policy::Admitted`.

@@ -11,7 +11,6 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Semaphore;
 use tokio_rustls::StartHandshake;
 
-use super::hello;
 use super::outcome::{Attempt, Authenticated, Terms, conclude, failure_of, failure_of_tls};
 use super::profile::Profile;
 use super::reason::Reason;
@@ -19,6 +18,7 @@ use super::record::{Direction, Failure, HandshakeRecord};
 use super::tickets::GenerationTicketer;
 use super::trust::Trust;
 use super::verifier::{Admits, PeerVerifier};
+use super::{alpn, hello};
 use crate::clock::Clock;
 use crate::identity::svid::Usage;
 use crate::identity::{Identity, SpiffeId};
@@ -28,10 +28,24 @@ use crate::policy::ListenerPolicy;
 #[derive(Debug)]
 pub struct ServerTls {
     config: Arc<ServerConfig>,
+    /// For clients that offer only protocols which we carry without knowing them.
+    opaque: Arc<ServerConfig>,
+    serves: Serves,
     verifier: Arc<PeerVerifier<ByPolicy>>,
     identity: Arc<Identity>,
     profile: Arc<Profile>,
     legacy_tls12: bool,
+}
+
+/// What a listener speaks inside TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Serves {
+    /// Bytes: no protocol is named.
+    Bytes,
+    /// HTTP and nothing else.
+    Http,
+    /// HTTP, and bytes for clients that ask for something else.
+    Any,
 }
 
 #[derive(Debug)]
@@ -68,6 +82,7 @@ impl ServerTls {
         trust: &Arc<Trust>,
         policy: &Arc<ListenerPolicy>,
         clock: &Clock,
+        serves: Serves,
         legacy_tls12: bool,
         generation: u64,
     ) -> Result<Self, rustls::Error> {
@@ -88,13 +103,27 @@ impl ServerTls {
         } else {
             config.send_tls13_tickets = 0;
         }
+        let opaque = Arc::new(config.clone());
+        if serves != Serves::Bytes {
+            config.alpn_protocols = alpn::served();
+        }
         Ok(Self {
             config: Arc::new(config),
+            opaque,
+            serves,
             verifier,
             identity: Arc::clone(identity),
             profile: Arc::clone(profile),
             legacy_tls12,
         })
+    }
+
+    /// The configuration for a client that has offered these protocols.
+    fn config_for(&self, hello: &ClientHello<'_>) -> &Arc<ServerConfig> {
+        match (self.serves, hello.alpn()) {
+            (Serves::Any, Some(offered)) if !alpn::shared(offered) => &self.opaque,
+            _ => &self.config,
+        }
     }
 
     /// Our own identity that these handshakes show.
@@ -134,7 +163,8 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
             return (attempt.record(reading, None, Err(failure)), None);
         }
     };
-    let handshake = StartHandshake::from_parts(accepted, stream).into_stream(Arc::clone(&tls.config));
+    let config = Arc::clone(tls.config_for(&accepted.client_hello()));
+    let handshake = StartHandshake::from_parts(accepted, stream).into_stream(config);
     let terms = Terms { verifier: &tls.verifier, profile: &tls.profile, legacy_tls12: tls.legacy_tls12 };
     conclude(attempt, handshake, reading, deadline, terms).await
 }

@@ -82,7 +82,17 @@ impl World {
         let identity = self.identity(&self.server, &bundles);
         let trust = self.trust(&bundles);
         Arc::new(
-            ServerTls::new(&self.profile, &identity, &trust, &policy, &self.time.clock(), true, generation).unwrap(),
+            ServerTls::new(
+                &self.profile,
+                &identity,
+                &trust,
+                &policy,
+                &self.time.clock(),
+                server::Serves::Bytes,
+                true,
+                generation,
+            )
+            .unwrap(),
         )
     }
 
@@ -178,7 +188,7 @@ async fn dial(tls: &Arc<ClientTls>, config: &Arc<ServerConfig>) -> (HandshakeRec
     };
     let client = async {
         let name = ServerName::try_from("localhost").unwrap();
-        let (record, ours) = client::connect(near, name, Arc::clone(tls), &slots, soon()).await;
+        let (record, ours) = client::connect(near, name, Arc::clone(tls), super::Offer::Nothing, &slots, soon()).await;
         let Some(ours) = ours else { return (record, None) };
         let (peer, negotiated) = (Arc::clone(ours.peer()), *ours.negotiated());
         let mut stream = ours.into_stream();

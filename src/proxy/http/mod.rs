@@ -1,0 +1,30 @@
+//! HTTP through the gate: each request is admitted by itself, carried, and leaves one record.
+//!
+//! In: a connection on which HTTP is spoken ([`serve`]), of a proven peer or of the local workload. Out: its requests, on
+//! connections that a [`Pool`] lends. Two guards stand before the parser and refuse what is not one unambiguous request.
+//!
+//! ```text
+//! downstream (guard, hyper's server) ─ service (one host, one path, policy) ─ send (pool, lease) ─ upstream
+//!                                        └ exchange: the request's record, written when its response has ended
+//! ```
+
+mod answer;
+mod body;
+mod budget;
+mod dial;
+mod downstream;
+mod endpoint;
+mod exchange;
+pub mod h1_guard;
+pub mod h2_guard;
+mod headers;
+pub mod live;
+mod message;
+mod pool;
+mod send;
+mod service;
+mod tunnel;
+
+pub(super) use downstream::{Spoken, Way, serve};
+pub use pool::{Mesh, Pool};
+pub(super) use pool::WORKLOAD_TIMEOUT;

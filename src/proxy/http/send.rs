@@ -1,0 +1,252 @@
+//! Sending a cleared request: an address, a connection, the wait for the response's head; and once more where that is
+//! safe.
+//!
+//! What never left may always be sent again. What did may be only if its method is idempotent (RFC 9110, section 9.2.2)
+//! and it has no body. Both are bounded by a number, by the budget, and by the request's own time.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::{Method, Response};
+use hyper::body::Incoming;
+
+use super::body::RequestBody;
+use super::budget::backoff;
+use super::endpoint::{Endpoint, Lease, Line};
+use super::exchange::Exchange;
+use super::message::{Becomes, Head};
+use super::pool::{Failed, Pool, Want};
+use super::service::deadline;
+use crate::policy::http::HttpFacts;
+use crate::policy::{Admitted, HttpSubject, RequestDecision};
+use crate::proxy::record::{Event, HttpVersion, RequestCause};
+
+/// A request that rules are to judge.
+pub(super) struct Judged {
+    pub(super) facts: HttpFacts,
+    pub(super) head: Head,
+    pub(super) body: RequestBody,
+}
+
+impl HttpSubject for Judged {
+    fn facts(&self) -> &HttpFacts {
+        &self.facts
+    }
+}
+
+/// A request that may be sent: nothing else is.
+pub(super) struct Cleared {
+    head: Head,
+    body: RequestBody,
+    /// Whether a rule admitted it; if not, only an upstream that is expected may get it.
+    by_rule: bool,
+}
+
+impl Cleared {
+    /// A rule admitted it.
+    pub(super) fn by_rule(admitted: Admitted<Judged, RequestDecision>) -> Self {
+        let Judged { head, body, .. } = admitted.into_subject();
+        Self { head, body, by_rule: true }
+    }
+
+    /// It goes to an upstream whose identity is expected.
+    pub(super) fn for_expected(head: Head, body: RequestBody) -> Self {
+        Self { head, body, by_rule: false }
+    }
+}
+
+/// An answer, and the connection that it comes on.
+pub(super) struct Sent {
+    pub(super) response: Response<Incoming>,
+    pub(super) lease: Lease,
+    pub(super) becomes: Becomes,
+}
+
+/// What a try came to.
+enum Try {
+    Answered(Response<Incoming>, Lease),
+    /// It never left: here it is again.
+    Unsent(Failed, Head, RequestBody),
+    /// It left, or went with what it was on.
+    Lost(Failed),
+}
+
+/// Sends a request and waits for the head of its response.
+pub(super) async fn send(
+    exchange: &mut Exchange,
+    pool: &Arc<Pool>,
+    cleared: Cleared,
+    patience: Option<Duration>,
+) -> Result<Sent, Failed> {
+    let Cleared { mut head, mut body, by_rule } = cleared;
+    if by_rule != pool.is_workload() {
+        return Err(Failed::new(RequestCause::Denied, "not cleared for this upstream"));
+    }
+    let deadline = deadline(patience);
+    let becomes = head.becomes;
+    let want = match (becomes, head.version) {
+        (Becomes::WebSocket, _) => Want::Tunnel,
+        (Becomes::Tunnel, HttpVersion::Http10 | HttpVersion::Http11) => Want::Tunnel,
+        (_, HttpVersion::Http2) => Want::Http2,
+        _ => Want::Http1,
+    };
+    let retries = &pool.options.retries;
+    pool.budget.request();
+    let mut pool = Arc::clone(pool);
+    let mut failed_at: Option<Arc<Endpoint>> = None;
+    let mut again = 0;
+    loop {
+        let left = again < retries.attempts;
+        let copy = (left && resendable(&head, &body)).then(|| head.clone());
+        let endpoint = pool.pick(failed_at.as_ref()).await;
+        let outcome = match endpoint {
+            Ok(endpoint) => {
+                let outcome = attempt(exchange, &pool, &endpoint, want, head, body, deadline).await;
+                let well = match &outcome {
+                    Try::Answered(response, _) => !matches!(response.status().as_u16(), 502..=504),
+                    Try::Unsent(failed, ..) | Try::Lost(failed) => failed.blameless(),
+                };
+                pool.served(&endpoint, well);
+                failed_at = Some(endpoint);
+                outcome
+            }
+            Err(failed) => Try::Unsent(failed, head, body),
+        };
+        let failed;
+        (failed, head, body) = match outcome {
+            Try::Answered(response, lease) => {
+                let worth = retries.statuses.contains(&response.status().as_u16());
+                match copy {
+                    Some(copy) if worth && may_retry(exchange, &pool) => {
+                        (Failed::new(RequestCause::UpstreamReset, "a status worth another try"), copy, RequestBody::Empty)
+                    }
+                    _ => return Ok(Sent { response, lease, becomes }),
+                }
+            }
+            // The successor of a pool that was retired meanwhile is no second try.
+            Try::Unsent(failed, head, body) if failed.retired && again < 3 => match exchange.down.pool() {
+                Some(next) if !Arc::ptr_eq(&next, &pool) => {
+                    pool = next;
+                    (failed, head, body)
+                }
+                _ => return Err(failed),
+            },
+            Try::Unsent(failed, head, body) if left && failed.worth_retry() && may_retry(exchange, &pool) => {
+                (failed, head, body)
+            }
+            Try::Lost(failed) => match copy {
+                Some(copy) if failed.worth_retry() && may_retry(exchange, &pool) => (failed, copy, RequestBody::Empty),
+                _ => return Err(failed),
+            },
+            Try::Unsent(failed, ..) => return Err(failed),
+        };
+        again += 1;
+        // A connection that had gone stale says nothing about the address: no wait for that.
+        if !failed.stale && !failed.retired {
+            let wait = backoff(again, retries.backoff.0, retries.max_backoff.0);
+            if deadline.is_some_and(|deadline| Instant::now() + wait >= deadline) {
+                return Err(failed);
+            }
+            tokio::time::sleep(wait).await;
+        }
+    }
+}
+
+/// Whether a request may be sent again although it may have arrived.
+fn resendable(head: &Head, body: &RequestBody) -> bool {
+    body.is_empty()
+        && head.becomes == Becomes::Request
+        && matches!(
+            head.method,
+            Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE
+        )
+}
+
+fn may_retry(exchange: &Exchange, pool: &Pool) -> bool {
+    let allowed = pool.budget.try_retry(Instant::now());
+    let event = if allowed { Event::Retried } else { Event::RetryRefused };
+    exchange.down.shared.observer.event(exchange.down.direction(), &pool.listener, event);
+    allowed
+}
+
+async fn attempt(
+    exchange: &mut Exchange,
+    pool: &Arc<Pool>,
+    endpoint: &Arc<Endpoint>,
+    want: Want,
+    head: Head,
+    body: RequestBody,
+    deadline: Option<Instant>,
+) -> Try {
+    let leased = within(exchange, deadline, pool.lease(endpoint, want)).await;
+    let mut lease = match leased {
+        Ok(Ok(lease)) => lease,
+        Ok(Err(failed)) | Err(failed) => return Try::Unsent(failed, head, body),
+    };
+    exchange.proof = lease.proof().cloned();
+    let used_before = lease.used_before();
+    let (version, becomes) = (head.version, head.becomes);
+    let Some(line) = lease.line() else {
+        return Try::Unsent(Failed::new(RequestCause::Unreachable, "no connection"), head, body);
+    };
+    if matches!(line, Line::Http1(_)) && exchange.grpc {
+        let failed = Failed::new(RequestCause::Unreachable, "gRPC needs HTTP/2, which the upstream does not speak");
+        return Try::Lost(failed);
+    }
+    let Some(request) = head.onto(&line, body) else {
+        return Try::Lost(Failed::new(RequestCause::BadRequest, "the request cannot be put into this version of HTTP"));
+    };
+    exchange.attempts += 1;
+    let answered = match line {
+        Line::Http1(sender) => within(exchange, deadline, sender.try_send_request(request)).await,
+        Line::Http2(connection) => {
+            let mut sender = connection.sender.clone();
+            within(exchange, deadline, sender.try_send_request(request)).await
+        }
+    };
+    match answered {
+        Ok(Ok(response)) => Try::Answered(response, lease),
+        Ok(Err(mut error)) => {
+            let unsent = error.take_message();
+            let error = error.into_error();
+            let mut failed = Failed::new(RequestCause::UpstreamReset, describe(&error));
+            failed.stale = used_before;
+            match unsent {
+                Some(request) => {
+                    failed.cause = RequestCause::Unreachable;
+                    let (head, body) = Head::off(request, version, becomes);
+                    Try::Unsent(failed, head, body)
+                }
+                None => Try::Lost(failed),
+            }
+        }
+        Err(failed) => Try::Lost(failed),
+    }
+}
+
+fn describe(error: &hyper::Error) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+/// Waits, but not past the deadline, and not when the request is told to end.
+async fn within<F: Future>(exchange: &Exchange, deadline: Option<Instant>, future: F) -> Result<F::Output, Failed> {
+    let mut future = std::pin::pin!(future);
+    let watched = std::future::poll_fn(|cx| {
+        if let std::task::Poll::Ready(output) = future.as_mut().poll(cx) {
+            return std::task::Poll::Ready(Ok(output));
+        }
+        match exchange.poll_stopped(cx.waker()) {
+            Some(cause) => std::task::Poll::Ready(Err(Failed::new(cause, "judged again"))),
+            None => std::task::Poll::Pending,
+        }
+    });
+    match deadline {
+        None => watched.await,
+        Some(deadline) => tokio::time::timeout_at(deadline.into(), watched)
+            .await
+            .unwrap_or_else(|_| Err(Failed::new(RequestCause::Timeout, "no answer within the request's time"))),
+    }
+}
