@@ -12,6 +12,10 @@ use super::schema::Config;
 /// Relative paths are relative to the config file, so that the file means the same from everywhere.
 pub(super) fn anchor_paths(config: &mut Config, directory: &Path) {
     let anchor = |path: &mut PathBuf| *path = directory.join(&path);
+    for rego in config.inbound.iter_mut().filter_map(|listener| listener.http.rego.as_mut()) {
+        anchor(&mut rego.module);
+        rego.shadow.iter_mut().for_each(anchor);
+    }
     let identity = &mut config.identity;
     if let Some(files) = &mut identity.files {
         anchor(&mut files.certificate);
@@ -71,6 +75,13 @@ pub fn check_files(loaded: &Loaded) -> FileFindings {
     for (index, listener) in loaded.config.inbound.iter().enumerate() {
         if let Ok(Target::Unix(socket)) = Target::parse(&listener.to) {
             look.socket(at!["inbound", index, "to"], &socket, "connections fail until the workload listens");
+        }
+    }
+    for (index, listener) in loaded.config.inbound.iter().enumerate() {
+        let Some(rego) = &listener.http.rego else { continue };
+        look.file(at!["inbound", index, "http", "rego", "module"], &rego.module);
+        if let Some(shadow) = &rego.shadow {
+            look.file(at!["inbound", index, "http", "rego", "shadow"], shadow);
         }
     }
     for (index, listener) in loaded.config.outbound.iter().enumerate() {

@@ -6,6 +6,7 @@
 
 pub mod address;
 pub mod files;
+pub mod http;
 pub mod load;
 mod positions;
 pub mod profile_names;

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::policy::pattern::IdPattern;
 
+pub use super::http::{
+    EscapedSlash, ForwardClientCert, Forwarded, GrpcMatch, HeaderMatch, HttpMatch, InboundHttp, Protocol, RegoModules,
+};
 pub use super::values::{OneOrMany, Span};
 
 /// The whole config file. Relative paths in it are relative to the file itself.
@@ -252,7 +255,11 @@ pub struct Inbound {
     pub listen: std::net::SocketAddr,
     /// The workload: `HOST:PORT` or `unix:///path`.
     pub to: String,
+    /// What it carries.
+    #[serde(default)]
+    pub protocol: Protocol,
     /// Peers that may connect: SPIFFE IDs, patterns by whole segments (`spiffe://td/ns/*/sa/web`), whole trust domains.
+    /// Where requests are judged, they may send every request but CONNECT.
     #[serde(default)]
     pub allow: Vec<IdPattern>,
     /// Accept TLS 1.2 with ECDHE-ECDSA-AES256-GCM-SHA384 on P-384 as well.
@@ -264,6 +271,9 @@ pub struct Inbound {
     /// Send the verified peer identity ahead of the bytes.
     #[serde(default)]
     pub proxy_protocol: ProxyProtocol,
+    /// Options of HTTP, where the protocol is `http` or `detect`.
+    #[serde(default)]
+    pub http: InboundHttp,
     /// Overrides of `connections` for this listener.
     #[serde(default)]
     pub connections: ConnectionOverrides,
@@ -288,6 +298,9 @@ pub struct Outbound {
     pub name: String,
     /// `IP:PORT` (loopback unless `allow_remote_clients`) or `unix:///path` to listen on.
     pub listen: String,
+    /// What it carries.
+    #[serde(default)]
+    pub protocol: Protocol,
     /// The upstream's addresses, `HOST:PORT`, one or several, tried in order after DNS resolution.
     pub to: OneOrMany<String>,
     /// The SPIFFE IDs that the upstream may have, exactly.
@@ -350,6 +363,10 @@ pub struct Rule {
     /// `audit`: the rule has no effect; what it would have said is counted and logged.
     #[serde(default)]
     pub mode: PolicyMode,
+    /// Which requests it speaks of, on listeners that carry HTTP: those that one of these matches; all of them when
+    /// absent, for an `allow` all but CONNECT.
+    #[serde(default)]
+    pub http: Vec<HttpMatch>,
 }
 
 /// What a rule applies to: an inbound listener by its name or by its port.

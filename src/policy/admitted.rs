@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Decision, ListenerPolicy, Verdict};
+use super::{Decision, HttpFacts, ListenerPolicy, PeerPolicy, RequestDecision, Verdict};
 use crate::config::schema::PolicyMode;
 use crate::identity::SpiffeId;
 
@@ -12,16 +12,23 @@ pub trait Subject {
     fn spiffe_id(&self) -> &SpiffeId;
 }
 
-/// Something that a rule admitted. Forwarding takes this and nothing else.
-#[derive(Debug)]
-pub struct Admitted<T> {
-    subject: T,
-    decision: Decision,
+/// A request whose facts have been taken.
+pub trait HttpSubject {
+    /// The facts.
+    fn facts(&self) -> &HttpFacts;
 }
 
-impl<T> Admitted<T> {
+/// Something that a rule admitted: a connection, or with a [`RequestDecision`] a request. Forwarding takes this and
+/// nothing else.
+#[derive(Debug)]
+pub struct Admitted<T, D = Decision> {
+    subject: T,
+    decision: D,
+}
+
+impl<T, D> Admitted<T, D> {
     /// The decision that admitted it.
-    pub fn decision(&self) -> &Decision {
+    pub fn decision(&self) -> &D {
         &self.decision
     }
 
@@ -44,6 +51,20 @@ impl ListenerPolicy {
     pub fn admit<T: Subject>(&self, subject: T) -> Result<Admitted<T>, (T, Decision)> {
         let decision = self.decide(subject.spiffe_id());
         if decision.admits() { Ok(Admitted { subject, decision }) } else { Err((subject, decision)) }
+    }
+}
+
+impl PeerPolicy {
+    /// Admits a request, or gives it back with the decision that refused it.
+    ///
+    /// # Errors
+    /// The subject and the decision.
+    pub fn admit_request<T: HttpSubject>(
+        &self,
+        subject: T,
+    ) -> Result<Admitted<T, RequestDecision>, (T, RequestDecision)> {
+        let decision = self.decide(subject.facts());
+        if decision.decision.admits() { Ok(Admitted { subject, decision }) } else { Err((subject, decision)) }
     }
 }
 

@@ -29,6 +29,13 @@
 //! are made as above and reported, and none is carried out: every peer that has proven an identity of a trusted domain
 //! goes through ([`Decision::admits`]). Who cannot prove one is refused all the same.
 //!
+//! # Requests
+//!
+//! On a listener that carries HTTP, requests are decided by [`ListenerPolicy::for_peer`]. [`ListenerPolicy::decide`] is
+//! about connections whose bytes nobody reads: there an `allow` with `http:` admits nothing, and a `deny` with `http:`
+//! refuses, because what it speaks of could pass unseen. [`ListenerPolicy::door`] is what a handshake may ask: whether
+//! any request could get through.
+//!
 //! # What a decision costs
 //!
 //! One look into a hash table for rules that name exact IDs, and one walk through a trie of path segments for patterns.
@@ -37,10 +44,14 @@
 //! [`MAX_SEGMENTS`](super::pattern::MAX_SEGMENTS) deep, whatever the number of rules. Nothing is allocated.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use lru::LruCache;
+
+use super::http::{HeaderNames, HttpRule, PeerPolicy};
 use super::pattern::{IdPattern, Segment};
-use crate::config::schema::{Action, Config, Inbound, PolicyMode};
+use crate::config::schema::{Action, Config, Inbound, PolicyMode, Protocol, Rule};
 use crate::identity::SpiffeId;
 
 /// The name of the case that no rule matched.
@@ -95,33 +106,87 @@ impl Decision {
     }
 }
 
+/// The four kinds of rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    EnforcedDeny,
+    EnforcedAllow,
+    AuditedDeny,
+    AuditedAllow,
+}
+
+impl Kind {
+    pub(super) const COUNT: usize = 4;
+    pub(super) const ALL: [Self; Self::COUNT] =
+        [Self::EnforcedDeny, Self::EnforcedAllow, Self::AuditedDeny, Self::AuditedAllow];
+
+    pub(super) fn of(action: Action, mode: PolicyMode) -> Self {
+        match (mode, action) {
+            (PolicyMode::Enforce, Action::Deny) => Self::EnforcedDeny,
+            (PolicyMode::Enforce, Action::Allow) => Self::EnforcedAllow,
+            (PolicyMode::Audit, Action::Deny) => Self::AuditedDeny,
+            (PolicyMode::Audit, Action::Allow) => Self::AuditedAllow,
+        }
+    }
+
+    /// Its place in arrays by kind, in the order of [`Kind::ALL`].
+    pub(super) fn place(self) -> usize {
+        self as usize
+    }
+
+    pub(super) fn denies(self) -> bool {
+        matches!(self, Self::EnforcedDeny | Self::AuditedDeny)
+    }
+}
+
+/// The decision that the first matching rule of each kind makes; by kind, in the order of [`Kind::ALL`].
+pub(super) fn conclude(found: [Option<&Arc<str>>; Kind::COUNT], default: &Arc<str>, mode: PolicyMode) -> Decision {
+    let [deny, allow, audited_deny, audited_allow] = found;
+    let (verdict, rule) = match (deny, allow) {
+        (Some(rule), _) => (Verdict::Deny, rule),
+        (None, Some(rule)) => (Verdict::Allow, rule),
+        (None, None) => (Verdict::Deny, default),
+    };
+    let audited = match (audited_deny, audited_allow) {
+        (Some(rule), _) => Some((Arc::clone(rule), Verdict::Deny)),
+        (None, Some(rule)) => Some((Arc::clone(rule), Verdict::Allow)),
+        (None, None) => None,
+    };
+    Decision { verdict, rule: Arc::clone(rule), mode, audited }
+}
+
 /// The first rule of each kind, by place in the order of the file; `NONE` where there is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Firsts([u32; 4]);
+struct Firsts([u32; Kind::COUNT + 2]);
 
 const NONE: u32 = u32::MAX;
-const ENFORCED_DENY: usize = 0;
-const ENFORCED_ALLOW: usize = 1;
-const AUDITED_DENY: usize = 2;
-const AUDITED_ALLOW: usize = 3;
+/// The first enforced deny that speaks of every request.
+const SHUT: usize = Kind::COUNT;
+/// The first enforced allow, whatever it says of requests.
+const OPEN: usize = Kind::COUNT + 1;
 
 impl Default for Firsts {
     fn default() -> Self {
-        Self([NONE; 4])
+        Self([NONE; Kind::COUNT + 2])
     }
 }
 
 impl Firsts {
-    fn only(rule: u32, action: Action, mode: PolicyMode) -> Self {
-        let kind = match (mode, action) {
-            (PolicyMode::Enforce, Action::Deny) => ENFORCED_DENY,
-            (PolicyMode::Enforce, Action::Allow) => ENFORCED_ALLOW,
-            (PolicyMode::Audit, Action::Deny) => AUDITED_DENY,
-            (PolicyMode::Audit, Action::Allow) => AUDITED_ALLOW,
-        };
+    fn only(rule: u32, kind: Kind, about_requests: bool) -> Self {
         let mut firsts = Self::default();
-        if let Some(first) = firsts.0.get_mut(kind) {
-            *first = rule;
+        let mut set = |place: usize| {
+            if let Some(first) = firsts.0.get_mut(place) {
+                *first = rule;
+            }
+        };
+        // Of bytes that nobody reads, an allow about requests says nothing.
+        if kind.denies() || !about_requests {
+            set(kind.place());
+        }
+        match kind {
+            Kind::EnforcedDeny if !about_requests => set(SHUT),
+            Kind::EnforcedAllow => set(OPEN),
+            _ => {}
         }
         firsts
     }
@@ -172,10 +237,16 @@ impl Node {
     }
 }
 
+/// For how many peers a listener remembers what it compiled for them.
+const REMEMBERED_PEERS: NonZeroUsize = NonZeroUsize::new(256).unwrap();
+/// What is larger than this for one peer, counted in paths of rules, is made anew for each connection.
+const LARGEST_REMEMBERED: usize = 4096;
+
 /// The rules of one inbound listener, compiled. A hot path holds this and never asks by name.
 #[derive(Debug)]
 pub struct ListenerPolicy {
     mode: PolicyMode,
+    protocol: Protocol,
     /// By whole ID.
     exact: HashMap<SpiffeId, Firsts>,
     /// By trust domain, patterns that stand for more than one ID.
@@ -183,6 +254,10 @@ pub struct ListenerPolicy {
     /// In the order of the file.
     names: Vec<Arc<str>>,
     default: Arc<str>,
+    /// For requests; empty where none can be seen.
+    rules: Vec<HttpRule>,
+    header_names: Arc<HeaderNames>,
+    peers: Mutex<LruCache<SpiffeId, Arc<PeerPolicy>>>,
     digest: [u8; 32],
 }
 
@@ -190,31 +265,48 @@ impl ListenerPolicy {
     fn compile(config: &Config, listener: &Inbound) -> Self {
         let mut compiled = Self {
             mode: config.policy.mode,
+            protocol: listener.protocol,
             exact: HashMap::new(),
             patterns: HashMap::new(),
             names: Vec::new(),
             default: DEFAULT_RULE.into(),
+            rules: Vec::new(),
+            header_names: Arc::default(),
+            peers: Mutex::new(LruCache::new(REMEMBERED_PEERS)),
             digest: [0; 32],
         };
         let mut digest = RuleDigest::new(config.policy.mode);
+        digest.text(listener.protocol.as_str());
+        digest.json(&listener.http.escaped_slash);
+        let mut header_names = Vec::new();
         if !listener.allow.is_empty() {
-            let name = format!("allow:{}", listener.name);
-            compiled.add(&mut digest, &name, Action::Allow, PolicyMode::Enforce, &listener.allow);
+            let own = Rule {
+                name: format!("allow:{}", listener.name),
+                from: listener.allow.clone(),
+                to: Vec::new(),
+                action: Action::Allow,
+                mode: PolicyMode::Enforce,
+                http: Vec::new(),
+            };
+            compiled.add(&mut digest, &own);
         }
         for rule in config.policy.rules.iter().filter(|rule| rule.applies_to(listener)) {
-            compiled.add(&mut digest, &rule.name, rule.action, rule.mode, &rule.from);
+            compiled.add(&mut digest, rule);
+            header_names.extend(rule.http.iter().flat_map(|wanted| &wanted.headers).map(|header| header.name.clone()));
         }
+        compiled.header_names = Arc::new(HeaderNames::new(header_names, false));
         compiled.digest = digest.finish();
         compiled
     }
 
-    fn add(&mut self, digest: &mut RuleDigest, name: &str, action: Action, mode: PolicyMode, from: &[IdPattern]) {
-        digest.rule(name, action, mode, from);
+    fn add(&mut self, digest: &mut RuleDigest, rule: &Rule) {
+        digest.rule(rule);
         // More rules than that do not fit into a config file; one that did would be left out, not let in.
         let Ok(place) = u32::try_from(self.names.len()) else { return };
-        self.names.push(name.into());
-        let firsts = Firsts::only(place, action, mode);
-        for pattern in from {
+        let name: Arc<str> = rule.name.as_str().into();
+        self.names.push(Arc::clone(&name));
+        let firsts = Firsts::only(place, Kind::of(rule.action, rule.mode), !rule.http.is_empty());
+        for pattern in &rule.from {
             match SpiffeId::parse(pattern.as_str()) {
                 Ok(id) if pattern.is_exact() => self.exact.entry(id).or_default().join(&firsts),
                 _ => {
@@ -223,34 +315,71 @@ impl ListenerPolicy {
                 }
             }
         }
+        if self.protocol.carries_http() {
+            self.rules.push(HttpRule::new(name, rule.action, rule.mode, rule.from.clone(), &rule.http));
+        }
     }
 
-    /// Decides whether `peer` may use this listener.
-    pub fn decide(&self, peer: &SpiffeId) -> Decision {
+    fn firsts(&self, peer: &SpiffeId) -> Firsts {
         let mut found = self.exact.get(peer).copied().unwrap_or_default();
         if let Some(path) = peer.path().strip_prefix('/')
             && let Some(root) = self.patterns.get(peer.trust_domain_name())
         {
             root.walk(Some(path), &mut found);
         }
-        let Firsts([deny, allow, audited_deny, audited_allow]) = found;
-        let (verdict, rule) = match (self.name(deny), self.name(allow)) {
-            (Some(rule), _) => (Verdict::Deny, rule),
-            (None, Some(rule)) => (Verdict::Allow, rule),
-            (None, None) => (Verdict::Deny, &self.default),
-        };
-        let audited = match (self.name(audited_deny), self.name(audited_allow)) {
-            (Some(rule), _) => Some((Arc::clone(rule), Verdict::Deny)),
-            (None, Some(rule)) => Some((Arc::clone(rule), Verdict::Allow)),
-            (None, None) => None,
-        };
-        Decision { verdict, rule: Arc::clone(rule), mode: self.mode, audited }
+        found
+    }
+
+    /// Decides whether `peer` may use this listener for bytes that nobody reads: what a `tcp` listener carries, and
+    /// what is no HTTP on a `detect` one.
+    pub fn decide(&self, peer: &SpiffeId) -> Decision {
+        let Firsts([deny, allow, audited_deny, audited_allow, ..]) = self.firsts(peer);
+        let found = [deny, allow, audited_deny, audited_allow].map(|place| self.name(place));
+        conclude(found, &self.default, self.mode)
+    }
+
+    /// Decides whether a handshake with `peer` may succeed: on a `tcp` listener as [`ListenerPolicy::decide`], else
+    /// whether any request of it could get through. An allow here admits nothing yet; its rule is the first that could.
+    pub fn door(&self, peer: &SpiffeId) -> Decision {
+        if !self.protocol.carries_http() {
+            return self.decide(peer);
+        }
+        let Firsts([.., shut, open]) = self.firsts(peer);
+        conclude([self.name(shut), self.name(open), None, None], &self.default, self.mode)
     }
 
     /// Whether `peer` could get anything here at all: what the certificate verifier asks before it lets a handshake
     /// succeed.
     pub fn could_admit(&self, peer: &SpiffeId) -> bool {
-        self.decide(peer).admits()
+        self.door(peer).admits()
+    }
+
+    /// What this listener carries.
+    pub fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
+    /// The names of the headers that some rule looks at, for [`HttpFacts`](super::HttpFacts).
+    pub fn header_names(&self) -> &Arc<HeaderNames> {
+        &self.header_names
+    }
+
+    /// The rules for the requests of one peer. Ask once for a connection, and again when the policy has changed; what
+    /// was made for the last peers is remembered. On a `tcp` listener no request is admitted.
+    pub fn for_peer(&self, peer: &SpiffeId) -> Arc<PeerPolicy> {
+        if let Some(known) = self.remembered().get(peer) {
+            return Arc::clone(known);
+        }
+        let speaking = self.rules.iter().filter(|rule| rule.from.iter().any(|pattern| pattern.matches(peer)));
+        let made = Arc::new(PeerPolicy::compile(self.mode, &self.default, speaking));
+        if made.size() <= LARGEST_REMEMBERED {
+            self.remembered().put(peer.clone(), Arc::clone(&made));
+        }
+        made
+    }
+
+    fn remembered(&self) -> MutexGuard<'_, LruCache<SpiffeId, Arc<PeerPolicy>>> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether both decide alike and name the same rules, so that a reload has nothing to judge again.
@@ -278,17 +407,24 @@ impl RuleDigest {
         self.0.update(text.as_bytes());
     }
 
-    fn rule(&mut self, name: &str, action: Action, mode: PolicyMode, from: &[IdPattern]) {
-        self.text(name);
-        self.0.update(&[u8::from(action == Action::Deny), u8::from(mode == PolicyMode::Audit)]);
+    /// A part of the config in the form of JSON, which tells all of it.
+    fn json(&mut self, part: &impl serde::Serialize) {
+        self.text(&serde_json::to_string(part).unwrap_or_else(|error| error.to_string()));
+    }
+
+    fn rule(&mut self, rule: &Rule) {
+        self.text(&rule.name);
+        self.0.update(&[u8::from(rule.action == Action::Deny), u8::from(rule.mode == PolicyMode::Audit)]);
         // The order within a rule says nothing.
-        let mut patterns: Vec<&str> = from.iter().map(IdPattern::as_str).collect();
+        let mut patterns: Vec<&str> = rule.from.iter().map(IdPattern::as_str).collect();
         patterns.sort_unstable();
         patterns.dedup();
         self.0.update(&(patterns.len() as u64).to_be_bytes());
         for pattern in patterns {
             self.text(pattern);
         }
+        // Here it does: it decides which route is named.
+        self.json(&rule.http);
     }
 
     fn finish(self) -> [u8; 32] {

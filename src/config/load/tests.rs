@@ -318,3 +318,103 @@ proptest::proptest! {
         }
     }
 }
+
+const HTTP: &str =
+    "inbound: [{name: api, listen: '0.0.0.0:8443', to: '127.0.0.1:80', protocol: http, allow: ['spiffe://td']}]\n";
+
+/// One rule with these matches, in one line of the file.
+fn matching(http: &str) -> String {
+    format!("{IDENTITY}{HTTP}policy: {{rules: [{{name: r, from: ['spiffe://td'], http: {http}}}]}}\n")
+}
+
+#[test]
+fn matches_of_requests_are_read_in_every_form() {
+    let text = matching(
+        "[{methods: [GET, M-SEARCH], hosts: [A.nhs.example, '*.b', '[::1]'], paths: ['/p/{id}', {exact: /h}, {prefix: /s}], \
+         headers: [{name: X-Tenant, exact: north}, {name: x_audit, present: false}]}, {grpc: {service: a.B, method: C}}]",
+    );
+    let config = read(&text).unwrap().config;
+    let [first, second] = config.policy.rules[0].http.as_slice() else { panic!() };
+    assert_eq!(first.paths.iter().map(|path| path.route()).collect::<Vec<_>>(), ["/p/{id}", "/h", "/s/*"]);
+    assert_eq!(first.headers[1].name.as_str(), "x-audit");
+    assert_eq!(second.grpc.as_ref().unwrap().service.as_str(), "a.B");
+    assert_eq!(config.inbound[0].http, Default::default());
+    let written = serde_json::to_string(&config).unwrap();
+    assert_eq!(read(&written).unwrap().config, config);
+}
+
+#[test]
+fn matches_that_mean_nothing_are_refused_where_they_stand() {
+    for (http, said) in [
+        (
+            "[{}]",
+            "f.yaml:3:58: nothing is written, so it would match every request; say what it shall match, or remove `http`",
+        ),
+        ("[{methods: [get]}]", "'get' is not a method, they are case-sensitive; write GET"),
+        ("[{methods: []}]", "an empty list would match nothing; write something or remove the key"),
+        (
+            "[{hosts: ['a:80']}]",
+            "f.yaml:3:67: 'a:80' is not a host or a pattern of them: ports are not compared; leave the port out",
+        ),
+        (
+            "[{paths: [patients]}]",
+            "'patients' is not a path pattern: it does not begin with '/'; write such as /patients/{id}",
+        ),
+        ("[{paths: ['/a/*']}]", "no '*' here; write {name} for one segment, or `{ prefix: /path }`"),
+        ("[{paths: [{exact: /a, prefix: /b}]}]", "a path says either `exact` or `prefix`; write one of them"),
+        ("[{paths: [{regex: /a}]}]", "unknown key 'regex'; allowed here: exact, prefix"),
+        ("[{path: [/a]}]", "unknown key 'path'; allowed here: methods, hosts, paths, headers, grpc"),
+        ("[{headers: [{name: 'a b', present: true}]}]", "'a b' is not the name of a header; write such as x-tenant"),
+        ("[{headers: [{name: Host, exact: a}]}]", "the host is no header here; write it under `hosts:`"),
+        ("[{headers: [{name: a}]}]", "write one of `exact: value` and `present: true`"),
+        ("[{headers: [{name: a, exact: b, present: true}]}]", "write one of `exact: value` and `present: true`"),
+        ("[{headers: [{name: a, exact: ' b'}]}]", "space around a value is no part of it; remove it"),
+        (
+            "[{headers: [{name: a, exact: \"b\\n\"}]}]",
+            "no header has such a value; write at most 1024 visible characters",
+        ),
+        ("[{grpc: {service: a/b}}]", "'a/b' is not a name of gRPC; write such as `service: nhs.records.v1.Records`"),
+        ("[{methods: [GET], grpc: {service: a}}]", "it stands for the method POST and for a path; remove"),
+    ] {
+        let errors = errors(&matching(http));
+        assert!(errors.contains(said), "{http}: {errors}");
+        assert!(errors.starts_with("f.yaml:3:"), "{errors}");
+    }
+    let many = vec!["{methods: [GET]}"; 65].join(", ");
+    assert!(errors(&matching(&format!("[{many}]"))).contains("65 matches are too many, at most 64; make two rules"));
+    let many = (0..65).map(|n| format!("/p{n}")).collect::<Vec<_>>().join(", ");
+    assert!(errors(&matching(&format!("[{{paths: [{many}]}}]"))).contains("65 are too many, at most 64; make two"));
+    let shapes = (0..65_u32).map(|bits| {
+        let path: String = (0..7).map(|bit| if bits >> bit & 1 == 1 { "/{x}" } else { "/a" }).collect();
+        format!("{{paths: ['{path}']}}")
+    });
+    let (first, second): (Vec<String>, Vec<String>) = (shapes.clone().take(64).collect(), shapes.skip(64).collect());
+    let text = matching(&format!("[{}]", first.join(", ")));
+    assert!(read(&text).is_ok());
+    let more = format!("}}, {{name: r2, from: ['spiffe://td'], http: [{}]}}]}}", second.join(", "));
+    let text = text.replace("}]}\n", &format!("{more}\n"));
+    assert!(
+        errors(&text).contains("in 65 different sets of places of a path, and 64 are allowed"),
+        "{}",
+        errors(&text)
+    );
+}
+
+#[test]
+fn requests_are_spoken_of_only_where_they_can_be_seen() {
+    let rule = "policy: {rules: [{name: r, from: ['spiffe://td'], http: [{methods: [GET]}]}]}\n";
+    let said = below(rule);
+    assert!(said.contains("only to listeners that carry bytes (api); say `protocol: http` there, or remove"), "{said}");
+    let two = format!(
+        "{IDENTITY}inbound:\n  - {{name: a, listen: '0.0.0.0:1', to: '127.0.0.1:80', allow: ['spiffe://td']}}\n  \
+         - {{name: b, listen: '0.0.0.0:2', to: '127.0.0.1:80', protocol: detect}}\n{rule}"
+    );
+    let loaded = read(&two).unwrap();
+    let warnings: Vec<&str> = loaded.warnings.iter().map(|w| w.what.as_str()).collect();
+    let expected = "no request can be seen on a, where the rule admits no connection; name other listeners under `to`";
+    assert_eq!(warnings, [expected]);
+
+    let options = "inbound: [{name: a, listen: '0.0.0.0:1', to: '127.0.0.1:80', http: {escaped_slash: keep}}]\n";
+    let said = errors(&format!("{IDENTITY}{options}"));
+    assert!(said.contains("options of HTTP on a listener that carries bytes; add `protocol: http`"), "{said}");
+}

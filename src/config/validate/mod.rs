@@ -3,6 +3,7 @@
 //! In: a config as read, and where everything stands. Out: findings with places; all of them, not only the first. What
 //! can be said in two ways (names of suites, the identity's address) is brought into one form here.
 
+mod http;
 mod identity;
 mod limits;
 mod listeners;
@@ -45,6 +46,7 @@ pub(super) fn validate(config: &mut Config, places: &Positions, options: &LoadOp
     profile::check(&mut checker, config);
     listeners::check(&mut checker, config);
     rules::check(&mut checker, config);
+    http::check(&mut checker, config);
     limits::check(&mut checker, config);
     let mut found = checker.found;
     found.warnings.sort_by_key(|finding| finding.place);

@@ -62,7 +62,8 @@ fn somebody(c: &mut Checker<'_>, index: usize, listener: &Inbound, config: &Conf
         .policy
         .rules
         .iter()
-        .any(|rule| rule.action == Action::Allow && rule.mode == PolicyMode::Enforce && rule.applies_to(listener));
+        .filter(|rule| rule.action == Action::Allow && rule.mode == PolicyMode::Enforce && rule.applies_to(listener))
+        .any(|rule| rule.http.is_empty() || listener.protocol.carries_http());
     if listener.allow.is_empty() && !admitting && config.policy.mode == PolicyMode::Enforce {
         let what = format!("no rule admits anybody to '{}'; add `allow:` here or a rule", listener.name);
         c.warn(at!["inbound", index], what);

@@ -17,16 +17,18 @@ fn listener(name: &str, port: u16, allow: &[&str]) -> Inbound {
         name: name.into(),
         listen: ([127, 0, 0, 1], port).into(),
         to: "127.0.0.1:80".into(),
+        protocol: Default::default(),
         allow: patterns(allow),
         legacy_tls12: false,
         allow_remote_target: false,
         proxy_protocol: Default::default(),
+        http: Default::default(),
         connections: Default::default(),
     }
 }
 
 fn rule(name: &str, from: &[&str], action: Action, mode: PolicyMode) -> Rule {
-    Rule { name: name.into(), from: patterns(from), to: Vec::new(), action, mode }
+    Rule { name: name.into(), from: patterns(from), to: Vec::new(), action, mode, http: Vec::new() }
 }
 
 fn config(inbound: Vec<Inbound>, rules: Vec<Rule>) -> Config {
@@ -197,6 +199,7 @@ fn naive(config: &Config, listener: &Inbound, peer: &SpiffeId) -> Decision {
         to: vec![],
         action: Allow,
         mode: Enforce,
+        http: vec![],
     };
     let matching: Vec<&Rule> = std::iter::once(&own)
         .chain(config.policy.rules.iter().filter(|rule| rule.applies_to(listener)))
@@ -249,7 +252,7 @@ fn any_rule() -> impl Strategy<Value = Rule> {
         prop_oneof![2 => Just(Allow), 1 => Just(Deny)],
         prop_oneof![2 => Just(Enforce), 1 => Just(Audit)],
     )
-        .prop_map(|(name, from, to, action, mode)| Rule { name, from, to, action, mode })
+        .prop_map(|(name, from, to, action, mode)| Rule { name, from, to, action, mode, http: vec![] })
 }
 
 proptest! {
