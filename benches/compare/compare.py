@@ -1,4 +1,4 @@
-"""Measures contenders one after the other, round by round, over the same path: h2load, a sidecar, mTLS, a sidecar, a workload.
+"""Measures contenders one after the other, round by round, on the same path: h2load, sidecar, mTLS, sidecar, workload.
 
 `run` starts it, with the programs named in the environment. Everything it starts dies with it.
 """
@@ -30,19 +30,33 @@ ENVOY = os.environ["PORTCULLIS_TEST_ENVOY"]
 HAPROXY = os.environ["PORTCULLIS_COMPARE_HAPROXY"]
 NGINX = os.environ["PORTCULLIS_COMPARE_NGINX"]
 H2LOAD = os.environ["PORTCULLIS_COMPARE_H2LOAD"]
+CURL = os.environ["PORTCULLIS_TEST_CURL"]
 OPENSSL = os.environ["PORTCULLIS_TEST_OPENSSL"]
 
 # How each is started with its configuration, and what says its version.
-CONTENDERS = {
-    "portcullis": ([PORTCULLIS, "run", "--config"], ".yaml", [PORTCULLIS, "--version"]),
-    "envoy": ([ENVOY, "--concurrency", "1", "--disable-hot-restart", "--log-level", "error", "-c"], ".yaml", [ENVOY, "--version"]),
-    "haproxy": ([HAPROXY, "-db", "-f"], ".cfg", [HAPROXY, "-v"]),
-    "relay": ([PORTCULLIS, "run", "--config"], ".yaml", None),
-}
-# What the templates and h2load need to know of a protocol.
+PORTCULLIS_RUN = ([PORTCULLIS, "run", "--config"], ".yaml", [PORTCULLIS, "--version"])
+ENVOY_OPTIONS = ["--concurrency", "1", "--disable-hot-restart", "--log-level", "error"]
+ENVOY_RUN = ([ENVOY, *ENVOY_OPTIONS, "-c"], ".yaml", [ENVOY, "--version"])
+HAPROXY_RUN = ([HAPROXY, "-db", "-f"], ".cfg", [HAPROXY, "-v"])
+# What the templates need to know of a protocol.
+H1, H2 = "http_protocol_options", "http2_protocol_options"  # Envoy's words
 PROTOCOLS = {
-    "HTTP/1.1": {"ALPN": "http/1.1", "ENVOY_PROTOCOL": "http_protocol_options", "HAPROXY_PLAIN": "", "H2LOAD": ["--h1"]},
-    "HTTP/2": {"ALPN": "h2", "ENVOY_PROTOCOL": "http2_protocol_options", "HAPROXY_PLAIN": "proto h2", "H2LOAD": []},
+    "HTTP/1.1": {"ALPN": "http/1.1", "BETWEEN": H1, "TO": H1, "PROTO": ""},
+    "HTTP/2": {"ALPN": "h2", "BETWEEN": H2, "TO": H2, "PROTO": "proto h2"},
+}
+# How the clients are told.
+H2LOAD_SPEAKS = {"http/1.1": "--h1", "h2": "--no-tls-proto=h2c"}
+CURL_SPEAKS = {"http/1.1": "--http1.1", "h2": "--http2-prior-knowledge"}
+# The usual way of HAProxy, and of Envoy with HTTP/1.1, is a connection between the sidecars for each of the clients'.
+# `shared`: all requests over few HTTP/2 connections.
+SHARED = {"ALPN": "h2", "BETWEEN": H2, "REUSE": "always"}
+CONTENDERS = {
+    "portcullis": (*PORTCULLIS_RUN, {}),
+    "envoy": (*ENVOY_RUN, {}),
+    "envoy-shared": (*ENVOY_RUN, SHARED),
+    "haproxy": (*HAPROXY_RUN, {}),
+    "haproxy-shared": (*HAPROXY_RUN, SHARED),
+    "relay": (*PORTCULLIS_RUN, {}),
 }
 
 
@@ -61,17 +75,19 @@ class Stage:
         def issue(name, subject, extensions, *signed):
             config = f"[req]\ndistinguished_name=dn\nx509_extensions=ext\n[dn]\n[ext]\n{extensions}\n"
             self.write(f"{name}.cnf", config)
-            new = [OPENSSL, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-384", "-nodes", "-sha384"]
-            files = ["-keyout", f"{name}.key", "-out", f"{name}.crt", "-config", f"{name}.cnf"]
-            subprocess.run([*new, "-days", "2", "-subj", subject, *files, *signed], cwd=self.dir, check=True, capture_output=True)
+            key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-384", "-nodes", "-keyout", f"{name}.key"]
+            text = ["-subj", subject, "-days", "2", "-config", f"{name}.cnf", "-out", f"{name}.crt"]
+            command = [OPENSSL, "req", "-x509", "-sha384", *key, *text, *signed]
+            subprocess.run(command, cwd=self.dir, check=True, capture_output=True)
             self.write(f"{name}.pem", *((self.dir / f"{name}.{kind}").read_text() for kind in ("crt", "key")))
 
-        of_ca = "basicConstraints=critical,CA:true\nkeyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n"
-        issue("ca", "/O=bench", f"{of_ca}subjectAltName=URI:spiffe://bench.example")
+        usage = "basicConstraints=critical,CA:true\nkeyUsage=critical,keyCertSign,cRLSign\n"
+        issue("ca", "/O=bench", f"{usage}subjectAltName=URI:spiffe://bench.example")
+        usage = "basicConstraints=critical,CA:false\nkeyUsage=critical,digitalSignature\n"
+        usage += "extendedKeyUsage=serverAuth,clientAuth\n"
         for name, spiffe_id in (("client", CLIENT), ("server", SERVER)):
-            of_leaf = "basicConstraints=critical,CA:false\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth,clientAuth\n"
             names = f"subjectAltName=URI:{spiffe_id},DNS:{name}.bench.example"
-            issue(name, f"/CN={name}", of_leaf + names, "-CA", "ca.crt", "-CAkey", "ca.key")
+            issue(name, f"/CN={name}", usage + names, "-CA", "ca.crt", "-CAkey", "ca.key")
 
     def write(self, name, *text):
         path = self.dir / name
@@ -85,15 +101,15 @@ class Stage:
         text = re.sub(r"@([A-Z0-9_]+)@", lambda found: str(values[found[1]]), (HERE / template).read_text())
         log = self.dir / f"{name}.log"
         with log.open("wb") as out:
-            child = subprocess.Popen(
-                [*command, self.write(template, text)], stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=die_with_parent
-            )
+            files = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
+            child = subprocess.Popen([*command, self.write(template, text)], **files, preexec_fn=die_with_parent)
         self.running.append(child)
         deadline = time.monotonic() + 20
-        for key, port in ports.items():
-            while key != "TO_PORT":
+        for port in ports.values():
+            while True:
                 if child.poll() is not None or time.monotonic() > deadline:
-                    raise Failed(f"{name} does not start: {' '.join(log.read_text(errors='replace').split())[-300:]}")
+                    said = " ".join(log.read_text(errors="replace").split())
+                    raise Failed(f"{name} does not start: {said[-300:]}")
                 with socket.socket() as probe:
                     if probe.connect_ex(("127.0.0.1", port)) == 0:
                         break
@@ -124,37 +140,43 @@ class Pair:
     """Two sidecars of one kind."""
 
     def __init__(self, stage, name, workload, protocol):
-        command, ending, _ = CONTENDERS[name]
-        self.name, self.options = name, protocol["H2LOAD"]
-        values = {key: value for key, value in protocol.items() if key != "H2LOAD"}
-        far = {**free_ports("LISTEN_PORT", "ADMIN_PORT")}
-        near = {**free_ports("LISTEN_PORT", "ADMIN_PORT")}
-        if name == "haproxy":  # has no admin listener
-            del far["ADMIN_PORT"], near["ADMIN_PORT"]
-        self.far = stage.start(f"{name}-far", command, f"{name}-far{ending}", {**far, "TO_PORT": workload}, **values)
-        self.near = stage.start(f"{name}-near", command, f"{name}-near{ending}", {**near, "TO_PORT": far["LISTEN_PORT"]}, **values)
+        command, ending, _, changes = CONTENDERS[name]
+        self.name = name
+        self.version, self.curl = H2LOAD_SPEAKS[protocol["ALPN"]], CURL_SPEAKS[protocol["ALPN"]]
+        kind = name.removesuffix("-shared")
+        values = {"REUSE": "safe", "REASON": "", **protocol, **changes}
+        if values["ALPN"] != protocol["ALPN"]:
+            # HTTP/2 has no reason phrase, and h2load counts an HTTP/1.1 answer without one as failed.
+            values["REASON"] = "http-response set-status 200 reason OK if { status 200 }"
+        listeners = ("LISTEN_PORT",) if kind == "haproxy" else ("LISTEN_PORT", "ADMIN_PORT")
+        far, near = free_ports(*listeners), free_ports(*listeners)
+        self.far = stage.start(f"{name}-far", command, f"{kind}-far{ending}", far, **values, TO_PORT=workload)
+        to = far["LISTEN_PORT"]
+        self.near = stage.start(f"{name}-near", command, f"{kind}-near{ending}", near, **values, TO_PORT=to)
         self.port = near["LISTEN_PORT"]
         self.check(far.get("ADMIN_PORT"))
 
     def check(self, admin):
         """What the comparison takes for granted: it serves, it refuses by path, and the suite is the same for all."""
         deadline = time.monotonic() + 10
-        while (status := self.status(PATH)) != 2:  # an identity may still be on its way
+        while (status := self.status(PATH)) != 200:  # an identity may still be on its way
             if time.monotonic() > deadline:
-                raise Failed(f"{self.name} answers {PATH} with {status}xx")
+                raise Failed(f"{self.name} answers {PATH} with {status}")
             time.sleep(0.1)
-        if self.name != "relay" and (status := self.status("/elsewhere")) != 4:
-            raise Failed(f"{self.name} answers a forbidden path with {status}xx")
-        if self.name == "envoy":  # the others take only this suite by their configuration
-            stats = urllib.request.urlopen(f"http://127.0.0.1:{admin}/stats?filter=ssl.ciphers", timeout=5).read().decode()
-            if (suites := set(re.findall(r"ssl\.ciphers\.(\w+)", stats))) != {"TLS_AES_256_GCM_SHA384"}:
+        if self.name != "relay" and (status := self.status("/elsewhere")) != 403:
+            raise Failed(f"{self.name} answers a forbidden path with {status}")
+        if self.name.startswith("envoy"):  # the others take only this suite by their configuration
+            url = f"http://127.0.0.1:{admin}/stats?filter=ssl.ciphers"
+            with urllib.request.urlopen(url, timeout=5) as stats:
+                suites = set(re.findall(r"ssl\.ciphers\.(\w+)", stats.read().decode()))
+            if suites != {"TLS_AES_256_GCM_SHA384"}:
                 raise Failed(f"envoy negotiated {suites}")
 
     def status(self, path):
-        """The class of the answer to one request; 0 if there was none."""
-        done = subprocess.run([H2LOAD, *self.options, "-n1", f"http://127.0.0.1:{self.port}{path}"], capture_output=True, text=True)
-        counts = re.search(r"status codes: (\d+) 2xx, (\d+) 3xx, (\d+) 4xx, (\d+) 5xx", done.stdout)
-        return next((number for number, count in enumerate(counts.groups(), 2) if int(count)), 0) if counts else 0
+        """The status of the answer to one request; 0 if there was none."""
+        quiet = ["--silent", "--output", "/dev/null", "--write-out", "%{http_code}", "--max-time", "5"]
+        command = [CURL, *quiet, self.curl, f"http://127.0.0.1:{self.port}{path}"]
+        return int(subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout)
 
     def cpu(self):
         """Seconds of both, user and system, all threads."""
@@ -170,9 +192,9 @@ class Pair:
         return sum(int(re.search(r"VmRSS:\s+(\d+)", text)[1]) for text in texts) * 1024
 
 
-def load(port, options, *arguments, on_line=lambda line: None):
+def load(port, version, *arguments, on_line=lambda line: None):
     """Runs h2load; answers its last words. Any answer but 2xx is a failure."""
-    command = ["stdbuf", "-oL", H2LOAD, *options, *arguments, f"http://127.0.0.1:{port}{PATH}"]
+    command = [H2LOAD, version, *arguments, f"http://127.0.0.1:{port}{PATH}"]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent) as child:
         for line in child.stdout:
@@ -202,7 +224,7 @@ def saturate(pair, seconds, warm_up=1):
     watcher.start()
     try:
         timing = (f"--warm-up-time={warm_up}", "-D", str(seconds))
-        text = load(pair.port, pair.options, "-c", str(CONNECTIONS), *timing, on_line=mark)
+        text = load(pair.port, pair.version, "-c", str(CONNECTIONS), *timing, on_line=mark)
     finally:
         over.set()
         watcher.join()
@@ -211,10 +233,10 @@ def saturate(pair, seconds, warm_up=1):
     return {"per_cpu": done / (cpu_after - cpu), "wall": done / (ended - began), "rss": max(resident)}
 
 
-def latencies(stage, port, options, *arguments, skip=0):
+def latencies(stage, port, version, *arguments, skip=0):
     """Microseconds of each request, sorted, without those of the first seconds (`skip`)."""
     log = stage.dir / "requests.log"
-    load(port, options, "--log-file", str(log), *arguments)
+    load(port, version, "--log-file", str(log), *arguments)
     rows = [line.split("\t") for line in log.read_text().splitlines()]
     log.unlink()
     begin = int(rows[0][0]) + skip * 1e6
@@ -225,54 +247,66 @@ def at_rate(stage, pair, rate, seconds):
     """At a fixed rate, the connections' clocks spread over one period: median and 99th percentile, microseconds."""
     each = rate / CONNECTIONS
     # A connection every millisecond: the last begins 64 ms after the first.
-    spread = ("-r", "1", "--rate-period", "1ms", "--rps", f"{each:.3f}", "-n", str(int(each * (seconds + 1)) * CONNECTIONS))
-    times = latencies(stage, pair.port, pair.options, "-c", str(CONNECTIONS), *spread, skip=1)
+    spread = ("-r", "1", "--rate-period", "1ms", "--rps", f"{each:.3f}")
+    count = ("-c", str(CONNECTIONS), "-n", str(int(each * (seconds + 1)) * CONNECTIONS))
+    times = latencies(stage, pair.port, pair.version, *count, *spread, skip=1)
     return {"p50": times[len(times) // 2], "p99": times[len(times) * 99 // 100]}
 
 
-def unhurried(stage, port, options, requests):
+def unhurried(stage, port, version, requests):
     """One connection, one request at a time: median, microseconds."""
-    return statistics.median(latencies(stage, port, options, "-n", str(requests)))
+    return statistics.median(latencies(stage, port, version, "-n", str(requests)))
+
+
+def progress(text):
+    if sys.stderr.isatty():
+        print(f"\r{text:<40}\r", end="", file=sys.stderr, flush=True)
 
 
 def measure(stage, protocol, workload, names, plan):
     """All rounds of one protocol: measurements by contender, and the rate that was the same for all."""
     pairs, failures = [], {}
     for name in names:
+        if protocol["ALPN"] == "h2" and name == "envoy-shared":
+            continue  # as Envoy does anyway
+        progress(f"{name} starts")
         try:
             pair = Pair(stage, name, workload, protocol)
             pairs.append((pair, saturate(pair, 1)["wall"]))
         except Failed as failure:
             failures[name] = str(failure)
-    # Well below what the slowest can do on this machine; h2load keeps its clocks up to 100 a second for each connection.
+    # Well below what the slowest can do here; h2load's clocks are good for 100 a second on each connection.
     rate = plan.rate or min([6000, *(int(wall * 0.4) // 100 * 100 for _, wall in pairs)])
     results = {pair.name: [] for pair, _ in pairs}
     for number in range(plan.rounds):
         for pair, _ in pairs:
-            print(f"\r  round {number + 1} of {plan.rounds}: {pair.name:<12}", end="", file=sys.stderr, flush=True)
+            progress(f"{pair.name}, round {number + 1} of {plan.rounds}")
             try:
                 row = saturate(pair, plan.seconds) | at_rate(stage, pair, rate, plan.seconds)
-                direct = unhurried(stage, workload, pair.options, plan.requests)
-                row["added"] = (unhurried(stage, pair.port, pair.options, plan.requests) - direct) / 2
+                direct = unhurried(stage, workload, pair.version, plan.requests)
+                row["added"] = (unhurried(stage, pair.port, pair.version, plan.requests) - direct) / 2
                 results[pair.name].append(row | {"direct": direct})
             except Failed as failure:
                 failures[pair.name] = str(failure)
-    print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
+    progress("")
     return results, failures, rate
 
 
 def table(protocol, results, rate):
-    middle = {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in results.items() if rows}
+    def medians(rows):
+        return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+    middle = {name: medians(rows) for name, rows in results.items() if rows}
     direct = statistics.median(row["direct"] for row in middle.values())
-    print(f"\n{protocol}: {CONNECTIONS} connections; latencies at {rate} requests/s; alone, the workload answers in {direct:.0f} µs")
+    about = f"{CONNECTIONS} connections, latencies at {rate} requests/s; the workload alone: {direct:.0f} µs"
+    print(f"\n{protocol}: {about}")
 
     def ratio(name, key, other):
         if name == other or other not in middle:
             return "-"
         return f"{middle[name][key] / middle[other][key]:.2f}"
 
-    heads = ["", "req/CPU-s", "spread", "×envoy", "×haproxy", "req/s", "RSS MiB", "×envoy", "p50 µs", "p99 µs", "hop µs", "×envoy"]
-    lines = [heads]
+    lines = ["|req/CPU-s|spread|×envoy|×haproxy|req/s|RSS MiB|×envoy|p50 µs|p99 µs|hop µs|×envoy".split("|")]
     for name, row in middle.items():
         speeds = [each["per_cpu"] for each in results[name]]
         lines.append([
@@ -282,30 +316,30 @@ def table(protocol, results, rate):
             f"{row['added']:.0f}", ratio(name, "added", "envoy"),
         ])  # fmt: skip
     for line in lines:
-        print(f"{line[0]:<11}" + "".join(f"{cell:>10}" for cell in line[1:]))
+        print(f"{line[0]:<14}" + "".join(f"{cell:>10}" for cell in line[1:]))
 
 
 def main():
-    arguments = argparse.ArgumentParser(description="Portcullis beside Envoy and HAProxy, two sidecars each; see ../README.md.")
-    arguments.add_argument("--quick", action="store_true", help="about a minute: two short rounds")
+    arguments = argparse.ArgumentParser(description="Portcullis beside Envoy and HAProxy, two sidecars of each.")
+    arguments.add_argument("--quick", action="store_true", help="about a minute: one short round")
     arguments.add_argument("--rounds", type=int, help="rounds for each protocol (3)")
     arguments.add_argument("--rate", type=int, help="requests/s of the latency part (0.4 of what the slowest can do)")
     arguments.add_argument("--only", help=f"contenders, with commas ({','.join(CONTENDERS)})")
     arguments.add_argument("--protocol", choices=PROTOCOLS, help="one protocol only")
     arguments.add_argument("--json", help="file for the measurements of every round")
     plan = arguments.parse_args()
-    plan.rounds = plan.rounds or (2 if plan.quick else 3)
-    plan.seconds, plan.requests = (1, 2000) if plan.quick else (3, 4000)
+    plan.rounds = plan.rounds or (1 if plan.quick else 3)
+    plan.seconds, plan.requests = (1, 2000) if plan.quick else (2, 3000)
     names = plan.only.split(",") if plan.only else list(CONTENDERS)
     if unknown := set(names) - set(CONTENDERS):
         arguments.error(f"no such contender: {', '.join(unknown)}")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(130))
 
-    for command in [*(CONTENDERS[name][2] for name in names), [NGINX, "-v"], [H2LOAD, "--version"]]:
-        if command:
-            said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout.strip()
-            print(said.splitlines()[0].replace(command[0], "").strip())
+    versions = {CONTENDERS[name][2][0]: CONTENDERS[name][2] for name in names}
+    for command in [*versions.values(), [NGINX, "-v"], [H2LOAD, "--version"]]:
+        said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout.strip()
+        print(said.splitlines()[0].replace(command[0], Path(command[0]).name))
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before; one worker thread for each proxy")
 
     raw, missed = {}, False
