@@ -48,7 +48,11 @@ async fn all_standard_cases() {
         assert_eq!(cases(pair.address, "all").await.len(), CASES.len());
     }
     let line = pair.server.request("a call", |line| line["path"] == "/grpc.testing.TestService/EmptyCall").await;
-    assert_eq!((&line["method"], &line["status"], &line["grpc_status"]), (&"POST".into(), &200.into(), &0.into()), "{line}");
+    assert_eq!(
+        (&line["method"], &line["status"], &line["grpc_status"]),
+        (&"POST".into(), &200.into(), &0.into()),
+        "{line}"
+    );
     let line = pair.server.request("an unknown method", |line| line["grpc_status"] == 12).await;
     assert_eq!(line["cause"], "done", "an answer of the origin is no failure of ours: {line}");
     assert_eq!(pair.server.metrics().await.sum("portcullis_http_requests_in_flight", &[]), 0.0);

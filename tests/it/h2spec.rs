@@ -24,7 +24,8 @@ async fn h2spec(at: SocketAddr, report: &std::path::Path) -> (usize, Vec<String>
     for case in cases {
         total += 1;
         let case = case.split("</testcase>").next().unwrap();
-        let attribute = |name: &str| case.split_once(&format!("{name}=\"")).map_or("", |(_, rest)| rest.split('"').next().unwrap());
+        let attribute =
+            |name: &str| case.split_once(&format!("{name}=\"")).map_or("", |(_, rest)| rest.split('"').next().unwrap());
         if case.contains("<error") || case.contains("<failure") {
             let came = case.split_once('>').map_or("", |(_, rest)| rest).trim();
             failed.push(format!("{} {}:\n{came}", attribute("package"), attribute("classname")));
@@ -54,7 +55,8 @@ async fn the_tls_listener() {
     let [certificate, key, authority] = pair.domain.files("h2spec", &own);
     let mut shim = go("mtls-shim");
     shim.args(["-to", &pair.server.address("in").await.to_string(), "-alpn", "h2"]);
-    let (_shim, address) = go_server(shim.arg("-cert").arg(certificate).arg("-key").arg(key).arg("-ca").arg(authority)).await;
+    let (_shim, address) =
+        go_server(shim.arg("-cert").arg(certificate).arg("-key").arg(key).arg("-ca").arg(authority)).await;
     let url = format!("http://{address}/echo");
     assert_eq!(soon("a request", curl(&["--http2-prior-knowledge", &url])).await.status, 200);
     passed(h2spec(address, &pair.domain.path().join("report.xml")).await);

@@ -139,11 +139,13 @@ async fn requests_that_follow_each_other_without_waiting_are_answered_in_order()
         let one = |path: &str, end: &str| format!("GET {path} HTTP/1.1\r\nHost: a.example\r\n{end}\r\n");
         let all = [
             one("/delay/100", ""),
-            "POST /echo/two HTTP/1.1\r\nHost: a.example\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n".to_owned(),
+            "POST /echo/two HTTP/1.1\r\nHost: a.example\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+                .to_owned(),
             one("/echo/three", "Connection: close\r\n"),
         ];
         let answers = way.send(all.concat().as_bytes()).await;
-        let targets = ["/delay/100", "/echo/two", "/echo/three"].map(|path| answers.find(&format!("\"target\":\"{path}\"")));
+        let targets =
+            ["/delay/100", "/echo/two", "/echo/three"].map(|path| answers.find(&format!("\"target\":\"{path}\"")));
         assert!(targets.iter().all(Option::is_some) && targets.is_sorted(), "{}: {answers}", way.name());
     }
 }
@@ -183,7 +185,8 @@ async fn a_big_body_does_not_fill_the_proxies_when_the_other_side_is_slow() {
 
     // Up: the origin takes 64 KiB every 2 ms.
     let mut stream = TcpStream::connect(pair.address).await.unwrap();
-    let head = format!("POST /slow-read/2 HTTP/1.1\r\nHost: a.example\r\nContent-Length: {BIG}\r\nConnection: close\r\n\r\n");
+    let head =
+        format!("POST /slow-read/2 HTTP/1.1\r\nHost: a.example\r\nContent-Length: {BIG}\r\nConnection: close\r\n\r\n");
     stream.write_all(head.as_bytes()).await.unwrap();
     let piece = vec![7; 1 << 20];
     for _ in 0..BIG / piece.len() {

@@ -110,7 +110,9 @@ async fn a_trace_that_nobody_began_begins_here() {
     let pair = traced_pair(at, &telemetry(grpc, "grpc", 1.0)).await;
     let way = Way::Plain(pair.address);
     // Also where the caller sends something that is no traceparent (W3C Trace Context, section 3.2.2.2).
-    for header in ["", "\r\ntraceparent: 00-00000000000000000000000000000000-00f067aa0ba902b7-01", "\r\ntraceparent: junk"] {
+    for header in
+        ["", "\r\ntraceparent: 00-00000000000000000000000000000000-00f067aa0ba902b7-01", "\r\ntraceparent: junk"]
+    {
         way.request(&format!("GET /echo HTTP/1.1\r\nHost: a.example{header}")).await;
         let seen = heard(&mut origin, "the request", |line| line["event"] == "request").await;
         let parts: Vec<String> = seen["traceparent"].as_str().unwrap().split('-').map(str::to_owned).collect();

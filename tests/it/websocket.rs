@@ -15,7 +15,8 @@ async fn messages_of_all_kinds_and_the_close_code() {
     let mut pair = Pair::plain(at).await;
     for more in [&[][..], &["-compress"]] {
         let to = pair.address.to_string();
-        let arguments = ["client", "-to", &to, "-path", "/echo?room=1", "-host", "chat.example", "-header", "X-Test: yes"];
+        let arguments =
+            ["client", "-to", &to, "-path", "/echo?room=1", "-host", "chat.example", "-header", "X-Test: yes"];
         let lines = all_well(go("websocket-peer").args(arguments).args(more)).await;
         assert_eq!((&lines[0]["status"], &lines[0]["subprotocol"]), (&101.into(), &"echo.test".into()), "{}", lines[0]);
         let steps: Vec<_> = lines[1..].iter().map(|line| line["step"].as_str().unwrap()).collect();
@@ -43,7 +44,9 @@ async fn an_origin_that_refuses_is_heard() {
     // So is one that does not understand: no tunnel then.
     for way in pair.ways().await {
         let upgrade = "GET /echo HTTP/1.1\r\nHost: a.example\r\nUpgrade: nonsense\r\nConnection: Upgrade\r\n\r\n";
-        let answer = way.send(&[upgrade, "GET /refuse HTTP/1.1\r\nHost: a.example\r\nConnection: close\r\n\r\n"].concat().into_bytes());
+        let answer = way.send(
+            &[upgrade, "GET /refuse HTTP/1.1\r\nHost: a.example\r\nConnection: close\r\n\r\n"].concat().into_bytes(),
+        );
         let answer = answer.await;
         assert!(!answer.starts_with("HTTP/1.1 101"), "{}: {answer}", way.name());
     }
