@@ -42,8 +42,10 @@ impl Envoy {
         upstream: SocketAddr,
         values: &[(&str, &str)],
     ) -> Self {
-        let own = domain.ca.issue(&Spec::leaf(domain.id(path)));
-        let [certificate, key, ca] = domain.files("envoy", &own);
+        let own = domain.ca.issue(&Spec::leaf(domain.id(path)).dns("localhost"));
+        // Two Envoys may work in one folder, from different templates.
+        let name = format!("envoy-{}", template.trim_end_matches(".yaml"));
+        let [certificate, key, ca] = domain.files(&name, &own);
         let file = |path: &Path| path.display().to_string();
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/envoy").join(template);
         let mut text = std::fs::read_to_string(source).unwrap();
@@ -58,9 +60,9 @@ impl Envoy {
         for (name, value) in own.iter().chain(values) {
             text = text.replace(&format!("@{name}@"), value);
         }
-        let config = domain.path().join("envoy.yaml");
+        let config = domain.path().join(format!("{name}.yaml"));
         std::fs::write(&config, text).unwrap();
-        let told = domain.path().join("envoy.admin");
+        let told = domain.path().join(format!("{name}.admin"));
         let _ = std::fs::remove_file(&told);
         let mut command = Command::new(tool("PORTCULLIS_TEST_ENVOY", "envoy"));
         command.args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "error"]);

@@ -14,7 +14,7 @@ const VERSIONS: [(&str, &str, &str); 2] =
 
 /// Of Go's scenarios, those that do not ask Envoy for more than it does by default: it answers a full-duplex HTTP/1.1
 /// exchange and an endless upload as it likes, and limits heads to 60 KiB.
-const SCENARIOS: &str = "get,head,post,empty_post,chunked,expect_continue,statuses,keep_alive,parallel,streamed_response,big_upload,big_download,abort,cancel,headers";
+pub const SCENARIOS: &str = "get,head,post,empty_post,chunked,expect_continue,statuses,keep_alive,parallel,streamed_response,big_upload,big_download,abort,cancel,headers";
 
 /// Envoy before Portcullis: the domain, the server's sidecar, and where clients connect.
 async fn envoy_first(origin: SocketAddr, alpn: &str, codec: &str, identity: &str) -> (Domain, Proxy, Envoy) {
@@ -40,7 +40,7 @@ async fn envoy_last(origin: SocketAddr, alpn: &str, identity: &str) -> (Domain, 
     (domain, client, envoy, address)
 }
 
-async fn go_client(to: SocketAddr, protocol: &str, scenarios: &str) {
+pub async fn go_client(to: SocketAddr, protocol: &str, scenarios: &str) {
     let to = to.to_string();
     let arguments = ["client", "-to", &to, "-protocol", protocol, "-scenarios", scenarios, "-big", "8388608"];
     all_well(go("http-peer").args(arguments)).await;

@@ -33,6 +33,7 @@ mod http_policy;
 mod hygiene;
 mod openssl;
 mod operations;
+mod peers;
 mod policy;
 mod postgres;
 mod rotation;

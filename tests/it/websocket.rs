@@ -44,10 +44,8 @@ async fn an_origin_that_refuses_is_heard() {
     // So is one that does not understand: no tunnel then.
     for way in pair.ways().await {
         let upgrade = "GET /echo HTTP/1.1\r\nHost: a.example\r\nUpgrade: nonsense\r\nConnection: Upgrade\r\n\r\n";
-        let answer = way.send(
-            &[upgrade, "GET /refuse HTTP/1.1\r\nHost: a.example\r\nConnection: close\r\n\r\n"].concat().into_bytes(),
-        );
-        let answer = answer.await;
+        let next = "GET /refuse HTTP/1.1\r\nHost: a.example\r\nConnection: close\r\n\r\n";
+        let answer = way.send([upgrade, next].concat().as_bytes()).await;
         assert!(!answer.starts_with("HTTP/1.1 101"), "{}: {answer}", way.name());
     }
 }
