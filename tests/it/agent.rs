@@ -92,7 +92,7 @@ pub fn own_uid() -> String {
 
 /// Where a go-spiffe program is.
 pub fn go_path(name: &str) -> PathBuf {
-    let dir = tool("PORTCULLIS_TEST_GO_SPIFFE", "");
+    let dir = tool("PORTCULLIS_TEST_GO", "");
     if dir.as_os_str().is_empty() { name.into() } else { dir.join(name) }
 }
 

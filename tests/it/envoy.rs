@@ -14,10 +14,10 @@ use crate::testing::Spec;
 const GROUPS: [(&str, &str, &str); 2] =
     [("X25519MLKEM768, P-384", "X25519MLKEM768", "X25519MLKEM768"), ("P-384", "P-384", "secp384r1")];
 
-struct Envoy {
+pub struct Envoy {
     _running: Running,
     admin: SocketAddr,
-    address: SocketAddr,
+    pub address: SocketAddr,
 }
 
 impl Envoy {
@@ -30,27 +30,39 @@ impl Envoy {
         curves: &str,
         peer: &str,
     ) -> Self {
-        let own = domain.ca.issue(&Spec::leaf(domain.id(path)));
-        let [certificate, key, ca] = domain.files("envoy", &own);
+        Self::start_with(domain, template, path, upstream, &[("CURVES", curves), ("EXPECT", peer), ("ALLOW", peer)])
+            .await
+    }
+
+    /// The same, with values for whatever else the template asks for.
+    pub async fn start_with(
+        domain: &Domain,
+        template: &str,
+        path: &str,
+        upstream: SocketAddr,
+        values: &[(&str, &str)],
+    ) -> Self {
+        let own = domain.ca.issue(&Spec::leaf(domain.id(path)).dns("localhost"));
+        // Two Envoys may work in one folder, from different templates.
+        let name = format!("envoy-{}", template.trim_end_matches(".yaml"));
+        let [certificate, key, ca] = domain.files(&name, &own);
         let file = |path: &Path| path.display().to_string();
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/envoy").join(template);
         let mut text = std::fs::read_to_string(source).unwrap();
-        for (name, value) in [
+        let own = [
             ("ADMIN_PORT", "0"),
             ("LISTEN_PORT", "0"),
             ("UPSTREAM_PORT", &upstream.port().to_string()),
-            ("CURVES", curves),
             ("CERT", &file(&certificate)),
             ("KEY", &file(&key)),
             ("CA", &file(&ca)),
-            ("EXPECT", peer),
-            ("ALLOW", peer),
-        ] {
+        ];
+        for (name, value) in own.iter().chain(values) {
             text = text.replace(&format!("@{name}@"), value);
         }
-        let config = domain.path().join("envoy.yaml");
+        let config = domain.path().join(format!("{name}.yaml"));
         std::fs::write(&config, text).unwrap();
-        let told = domain.path().join("envoy.admin");
+        let told = domain.path().join(format!("{name}.admin"));
         let _ = std::fs::remove_file(&told);
         let mut command = Command::new(tool("PORTCULLIS_TEST_ENVOY", "envoy"));
         command.args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "error"]);
@@ -68,7 +80,7 @@ impl Envoy {
     }
 
     /// Waits until a statistic whose name ends like this is at least 1.
-    async fn counts(&self, end: &str) {
+    pub async fn counts(&self, end: &str) {
         until(&format!("Envoy to count {end}"), async || {
             let stats = ask(self.admin, "/stats").await?;
             let mut values =

@@ -13,6 +13,7 @@
 
 mod client;
 mod harness;
+mod pair;
 mod seen;
 #[path = "../../src/testing.rs"]
 mod testing;
@@ -23,11 +24,20 @@ mod basics;
 mod cli;
 mod demo;
 mod envoy;
+mod envoy_http;
+mod grpc;
+mod h2spec;
 mod hostile;
+mod http;
+mod http_policy;
+mod hygiene;
 mod openssl;
 mod operations;
+mod peers;
 mod policy;
 mod postgres;
 mod rotation;
 mod sight;
 mod spiffe;
+mod traces;
+mod websocket;

@@ -77,7 +77,7 @@ fn in_path(name: &str) -> Option<PathBuf> {
 }
 
 fn go_spiffe(name: &str) -> PathBuf {
-    PathBuf::from(std::env::var_os("PORTCULLIS_TEST_GO_SPIFFE").unwrap_or_default()).join(name)
+    PathBuf::from(std::env::var_os("PORTCULLIS_TEST_GO").unwrap_or_default()).join(name)
 }
 
 /// What all stories share.
