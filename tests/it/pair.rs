@@ -198,7 +198,11 @@ pub async fn requests_seen(origin: SocketAddr) -> u64 {
 /// Runs a program whose lines each tell of one step, and holds that all were well. Gives the lines.
 pub async fn all_well(command: &mut Command) -> Vec<Value> {
     let name = format!("{command:?}");
-    let out = output(command, "").await;
+    command.kill_on_drop(true).stdin(std::process::Stdio::null());
+    // Many steps, each of which gives up by itself.
+    let run = tokio::time::timeout(4 * crate::harness::PATIENCE, command.output());
+    let out =
+        run.await.unwrap_or_else(|_| panic!("timed out: {name}")).unwrap_or_else(|error| panic!("{name}: {error}"));
     let (text, errors) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
     let lines: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let failed: Vec<String> = lines.iter().filter(|line| line["ok"] == false).map(Value::to_string).collect();

@@ -76,7 +76,7 @@ func serve() {
 		}
 		peer.Print(map[string]any{
 			"event": "request", "method": r.Method, "target": r.RequestURI, "host": r.Host, "protocol": r.Proto,
-			"traceparent": r.Header.Get("Traceparent"), "remote": r.RemoteAddr,
+			"traceparent": r.Header.Get("Traceparent"), "tracestate": r.Header.Get("Tracestate"), "remote": r.RemoteAddr,
 		})
 		// The mux would answer a path that is not clean with a redirect of its own; the echo wants to see it.
 		if _, known := mux.Handler(r); known == "" || r.Method == http.MethodConnect {
