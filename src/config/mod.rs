@@ -11,6 +11,7 @@ pub mod load;
 mod positions;
 pub mod profile_names;
 pub mod schema;
+pub mod traffic;
 mod validate;
 mod values;
 pub mod watch;

@@ -11,6 +11,7 @@ use crate::policy::pattern::IdPattern;
 pub use super::http::{
     EscapedSlash, ForwardClientCert, Forwarded, GrpcMatch, HeaderMatch, HttpMatch, InboundHttp, Protocol, RegoModules,
 };
+pub use super::traffic::{Detect, HttpLimits, OnDetectTimeout, OutboundHttp, Retries};
 pub use super::values::{OneOrMany, Span};
 
 /// The whole config file. Relative paths in it are relative to the file itself.
@@ -41,6 +42,12 @@ pub struct Config {
     /// Limits and timeouts of connections; listeners may override some.
     #[serde(default)]
     pub connections: Connections,
+    /// Limits of HTTP, where listeners carry it.
+    #[serde(default)]
+    pub http: HttpLimits,
+    /// How listeners with `protocol: detect` find out what is spoken.
+    #[serde(default)]
+    pub detect: Detect,
     /// The address of metrics, probes and state.
     #[serde(default)]
     pub admin: Admin,
@@ -301,7 +308,8 @@ pub struct Outbound {
     /// What it carries.
     #[serde(default)]
     pub protocol: Protocol,
-    /// The upstream's addresses, `HOST:PORT`, one or several, tried in order after DNS resolution.
+    /// The upstream's addresses, `HOST:PORT`, one or several, resolved by DNS. Connections that carry bytes try them in
+    /// order; requests are spread over all of them.
     pub to: OneOrMany<String>,
     /// The SPIFFE IDs that the upstream may have, exactly.
     pub expect: OneOrMany<SpiffeId>,
@@ -314,6 +322,9 @@ pub struct Outbound {
     /// How long one address may take to accept.
     #[serde(default = "connect_timeout")]
     pub connect_timeout: Span,
+    /// Options of HTTP, where the protocol is `http` or `detect`.
+    #[serde(default)]
+    pub http: OutboundHttp,
     /// Overrides of `connections` for this listener.
     #[serde(default)]
     pub connections: ConnectionOverrides,

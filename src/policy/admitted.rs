@@ -86,6 +86,11 @@ impl Expected {
         self.ids.contains(id)
     }
 
+    /// The name under which it stands in records: `expect:<listener>`.
+    pub fn rule(&self) -> &Arc<str> {
+        &self.rule
+    }
+
     /// The decision about an upstream.
     pub fn decide(&self, id: &SpiffeId) -> Decision {
         let verdict = if self.contains(id) { Verdict::Allow } else { Verdict::Deny };

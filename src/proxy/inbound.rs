@@ -166,7 +166,7 @@ async fn carried(
         return Some((spoken, Proven { stream: Prefixed::new(stream), peer }));
     }
     let detect = state.protocol == Protocol::Detect;
-    let timeout = if detect { state.detect.timeout.0 } else { state.limits.idle_timeout };
+    let timeout = if detect { state.detect.timeout.0 } else { state.limits.idle_timeout.0 };
     let (spoken, stream) =
         sniff(connection, stream, timeout, detect.then_some(state.detect.on_timeout), shared, Direction::Inbound).await?;
     Some((spoken, Proven { stream, peer }))

@@ -64,7 +64,7 @@ async fn carried(
         Protocol::Detect => Some(state.detect.on_timeout),
         Protocol::Http => None,
     };
-    let timeout = if opaque.is_some() { state.detect.timeout.0 } else { state.limits.idle_timeout };
+    let timeout = if opaque.is_some() { state.detect.timeout.0 } else { state.limits.idle_timeout.0 };
     sniff(connection, plain, timeout, opaque, shared, Direction::Outbound).await
 }
 

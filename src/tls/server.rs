@@ -121,10 +121,8 @@ impl ServerTls {
 
     /// The configuration for a client that has offered these protocols.
     fn config_for(&self, hello: &ClientHello<'_>) -> &Arc<ServerConfig> {
-        match (self.serves, hello.alpn()) {
-            (Serves::Any, Some(offered)) if !alpn::shared(offered) => &self.opaque,
-            _ => &self.config,
-        }
+        let strange = self.serves == Serves::Any && hello.alpn().is_some_and(|offered| !alpn::shared(offered));
+        if strange { &self.opaque } else { &self.config }
     }
 
     /// Our own identity that these handshakes show.

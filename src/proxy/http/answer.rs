@@ -46,6 +46,7 @@ pub(super) fn answer(
     close: bool,
 ) -> Response<ReplyBody> {
     exchange.end(cause, detail);
+    exchange.settle(false);
     let text = status.canonical_reason().unwrap_or("error");
     let mut response = if exchange.grpc {
         let grpc = grpc_status_of(status);

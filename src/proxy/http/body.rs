@@ -234,7 +234,7 @@ fn is_framing(error: &hyper::Error) -> bool {
 /// A response's body towards who asked.
 pub(super) enum ReplyBody {
     /// An answer of our own.
-    Own(Option<Bytes>, Option<Box<Exchange>>),
+    Own(Option<Bytes>, #[allow(dead_code, reason = "it ends with the answer")] Option<Box<Exchange>>),
     /// What the upstream answers.
     Upstream(Box<Upstream>),
 }

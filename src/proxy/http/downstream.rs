@@ -14,7 +14,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::dial::{CONNECTION_WINDOW, STREAM_WINDOW};
 use super::h1_guard::{GuardHandle, GuardLimits, H1Guard};
-use super::h2_guard::H2Guard;
+use super::h2_guard::{FrameLimits, H2Guard};
+use super::linger::Lingering;
 use super::service;
 use super::tunnel::Tunnel;
 use crate::config::schema::HttpLimits;
@@ -36,6 +37,8 @@ const FAREWELL: Duration = Duration::from_secs(1);
 const IDLE_DRAIN: Duration = Duration::from_secs(2);
 /// Streams that a peer may reset before it is told to calm down (CVE-2023-44487).
 const MAX_RESETS: usize = 64;
+/// The smallest that HTTP/2 allows (RFC 9113, section 6.5.2), bytes.
+const MAX_FRAME_SIZE: u32 = 16_384;
 
 /// What is spoken on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -217,13 +220,19 @@ pub(in crate::proxy) async fn serve<S>(
         limits,
     };
     let (end, down) = if spoken == Spoken::Http1 {
-        let (guarded, handle) = H1Guard::new(io, guard_limits(&down.limits, deadlines.idle));
+        let (guarded, handle) = H1Guard::new(Lingering::new(io), guard_limits(&down.limits, deadlines.idle));
         down.guard = Some(handle);
         let down = Arc::new(down);
         (http1(guarded, &down, &deadlines).await, down)
     } else {
         let down = Arc::new(down);
-        (http2(H2Guard::new(io), &down, &deadlines).await, down)
+        let most = u32::try_from(down.limits.max_header_bytes).unwrap_or(u32::MAX);
+        let (guarded, floods) = H2Guard::new(io, &FrameLimits::default(), most, MAX_FRAME_SIZE);
+        let mut end = http2(guarded, &down, &deadlines).await;
+        if let Some(flood) = floods.flood() {
+            end = (Cause::Protocol, flood.to_string());
+        }
+        (end, down)
     };
     connection.sent = down.sent.load(Ordering::Relaxed);
     connection.received = down.received.load(Ordering::Relaxed);
@@ -330,6 +339,7 @@ where
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(down.limits.max_concurrent_streams)
+        .max_frame_size(MAX_FRAME_SIZE)
         .max_header_list_size(u32::try_from(down.limits.max_header_bytes).unwrap_or(u32::MAX))
         .max_pending_accept_reset_streams(MAX_RESETS)
         .max_local_error_reset_streams(MAX_RESETS)

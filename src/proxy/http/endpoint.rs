@@ -302,9 +302,6 @@ pub(super) enum Line<'a> {
 }
 
 impl Lease {
-    pub(super) fn endpoint(&self) -> &Arc<Endpoint> {
-        &self.endpoint
-    }
 
     /// Whether it had served a request before this one.
     pub(super) fn used_before(&self) -> bool {

@@ -10,6 +10,7 @@ use http::request::Parts;
 use super::body::{Fault, Meter, grpc_status};
 use super::downstream::{Downstream, Way};
 use super::endpoint::Proof;
+use super::h1_guard::Ticket;
 use super::headers;
 use super::live::Live;
 use crate::config::schema::PolicyMode;
@@ -39,6 +40,8 @@ pub(super) struct Exchange {
     pub(super) received: u64,
     pub(super) attempts: u32,
     pub(super) trace: Option<TraceContext>,
+    /// Tells the guard when the request is over.
+    pub(super) ticket: Option<Ticket>,
     end: Option<(RequestCause, String)>,
 }
 
@@ -67,6 +70,7 @@ impl Exchange {
             received: 0,
             attempts: 0,
             trace: None,
+            ticket: None,
             end: None,
         })
     }
@@ -92,6 +96,15 @@ impl Exchange {
     /// What its caller waits for at most.
     pub(super) fn patience(&self, headers: &HeaderMap, otherwise: Option<Duration>) -> Option<Duration> {
         if self.grpc { headers::grpc_timeout(headers) } else { otherwise }
+    }
+
+    /// Tells the guard whether what comes next on the connection is another request.
+    pub(super) fn settle(&self, tunnel: bool) {
+        match &self.ticket {
+            Some(ticket) if tunnel => ticket.tunnel(),
+            Some(ticket) => ticket.not_tunnel(),
+            None => {}
+        }
     }
 
     /// Takes note of the response's head.

@@ -18,6 +18,7 @@ mod exchange;
 pub mod h1_guard;
 pub mod h2_guard;
 mod headers;
+mod linger;
 pub mod live;
 mod message;
 mod pool;

@@ -24,7 +24,7 @@ use super::message::{self, Becomes, Head};
 use super::pool::Pool;
 use super::send::{Cleared, Judged, Sent, send};
 use super::tunnel::Tunnel;
-use crate::config::schema::{ForwardClientCert, Forwarded};
+use crate::config::schema::{ForwardClientCert, Forwarded, PolicyMode};
 use crate::policy::http::{HttpFacts, HttpTarget};
 use crate::proxy::listener::Client;
 use crate::proxy::record::{HttpVersion, RequestCause};
@@ -46,13 +46,13 @@ impl Refused {
 
 /// Serves one request. There is always an answer.
 pub(super) async fn handle(down: Arc<Downstream>, mut request: Request<Incoming>) -> Response<ReplyBody> {
-    let ticket = down.guard.as_ref().map(|guard| guard.next_request());
     let becomes = becomes_of(&down, &request);
     let upgrade = (becomes != Becomes::Request).then(|| hyper::upgrade::on(&mut request));
     let (mut parts, body) = request.into_parts();
     let version = version(&down, &mut parts);
     let mut exchange = Exchange::begin(&down, &parts, version);
-    if let Some(refusal) = ticket.as_ref().and_then(|ticket| ticket.refusal()) {
+    exchange.ticket = down.guard.as_ref().map(|guard| guard.next_request());
+    if let Some(refusal) = exchange.ticket.as_ref().and_then(|ticket| ticket.refusal()) {
         let status = StatusCode::from_u16(refusal.status).unwrap_or(StatusCode::BAD_REQUEST);
         return answer(exchange, status, RequestCause::BadRequest, refusal.reason, true);
     }
@@ -60,14 +60,11 @@ pub(super) async fn handle(down: Arc<Downstream>, mut request: Request<Incoming>
     let (cleared, pool, patience) = match prepared {
         Ok(prepared) => prepared,
         Err(Refused { status, cause, detail, close }) => {
-            if let Some(ticket) = &ticket {
-                ticket.not_tunnel();
-            }
             return answer(exchange, status, cause, detail, close);
         }
     };
     let sent = send(&mut exchange, &pool, cleared, patience).await;
-    let response = match sent {
+    match sent {
         Ok(sent) => reply(exchange, sent, upgrade),
         Err(failed) => {
             // A body that broke off explains the failure better than what came of it.
@@ -84,13 +81,7 @@ pub(super) async fn handle(down: Arc<Downstream>, mut request: Request<Incoming>
             let close = exchange.fault().is_some();
             answer(exchange, status, cause, detail, close)
         }
-    };
-    if let Some(ticket) = &ticket {
-        let accepted = response.status() == StatusCode::SWITCHING_PROTOCOLS
-            || (becomes == Becomes::Tunnel && response.status().is_success());
-        if accepted { ticket.tunnel() } else { ticket.not_tunnel() }
     }
-    response
 }
 
 fn becomes_of(down: &Downstream, request: &Request<Incoming>) -> Becomes {
@@ -187,7 +178,8 @@ fn prepare(
                         status: StatusCode::FORBIDDEN,
                         cause: RequestCause::Denied,
                         detail: String::new(),
-                        close: false,
+                        // What follows may be meant for the tunnel that does not come about.
+                        close: becomes != Becomes::Request,
                     });
                 }
             };
@@ -213,6 +205,7 @@ fn prepare(
             parts.headers.remove(header::HOST);
             let patience = exchange.patience(&parts.headers, Some(pool.options.request_timeout.0));
             exchange.upstream = Some(Arc::clone(&pool.name));
+            exchange.rule = Some((Arc::clone(state.expected.rule()), PolicyMode::Enforce));
             let head = Head {
                 method: parts.method,
                 path,
@@ -272,6 +265,7 @@ fn reply(mut exchange: Box<Exchange>, sent: Sent, upgrade: Option<OnUpgrade>) ->
             true,
         );
     }
+    exchange.settle(accepted);
     let up = accepted.then(|| hyper::upgrade::on(&mut response));
     let (mut parts, body) = response.into_parts();
     headers::remove_hop_by_hop(&mut parts.headers);
