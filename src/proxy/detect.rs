@@ -141,18 +141,23 @@ pub enum Outcome {
     Closed,
 }
 
-/// Reads until [`detect`] gives an answer, for at most `timeout`. What was read is in the stream that comes back.
+/// Reads until [`detect`] gives an answer: `first` is how long the first byte may take, `rest` how long the others may
+/// after it. What was read is in the stream that comes back.
 ///
 /// # Errors
 ///
 /// The stream's own, with which the connection is lost.
-pub async fn read_until_detected<S>(mut io: S, timeout: Duration) -> io::Result<(Outcome, Prefixed<S>)>
+pub async fn read_until_detected<S>(
+    mut io: S,
+    first: Duration,
+    rest: Duration,
+) -> io::Result<(Outcome, Prefixed<S>)>
 where
     S: AsyncRead + Unpin,
 {
     let mut seen = [0; MAX];
     let mut length = 0;
-    let deadline = Instant::now().checked_add(timeout);
+    let mut deadline = Instant::now().checked_add(first);
     let outcome = loop {
         let space = seen.get_mut(length..).unwrap_or_default();
         let read = match deadline {
@@ -162,7 +167,12 @@ where
         match read {
             Err(_) => break Outcome::TimedOut,
             Ok(Ok(0)) => break Outcome::Closed,
-            Ok(Ok(count)) => length += count,
+            Ok(Ok(count)) => {
+                if length == 0 {
+                    deadline = Instant::now().checked_add(rest);
+                }
+                length += count;
+            }
             Ok(Err(error)) => return Err(error),
         }
         match detect(seen.get(..length).unwrap_or_default()) {
@@ -367,7 +377,7 @@ mod tests {
             let (mut near, far) = duplex(4096);
             near.write_all(bytes).await.unwrap();
             near.write_all(&[7; 100]).await.unwrap();
-            let (outcome, mut stream) = read_until_detected(far, Duration::from_secs(1)).await.unwrap();
+            let (outcome, mut stream) = read_until_detected(far, Duration::from_secs(1), Duration::from_secs(1)).await.unwrap();
             assert_eq!(outcome, Outcome::Detected(*expected), "{}", bytes.escape_ascii());
             assert!(!stream.ahead().is_empty() && stream.ahead().len() <= MAX);
             let mut first = [0; 3];
@@ -384,14 +394,14 @@ mod tests {
         let began = Instant::now();
         let (mut near, far) = duplex(64);
         near.write_all(b"GET").await.unwrap();
-        let (outcome, stream) = read_until_detected(far, Duration::from_secs(3)).await.unwrap();
+        let (outcome, stream) = read_until_detected(far, Duration::from_secs(3), Duration::from_secs(3)).await.unwrap();
         assert_eq!((outcome, stream.ahead()), (Outcome::TimedOut, &b"GET"[..]));
         assert_eq!(began.elapsed().as_secs(), 3);
 
         let (mut near, far) = duplex(64);
         near.write_all(b"GE").await.unwrap();
         drop(near);
-        let (outcome, stream) = read_until_detected(far, Duration::MAX).await.unwrap();
+        let (outcome, stream) = read_until_detected(far, Duration::MAX, Duration::MAX).await.unwrap();
         assert_eq!((outcome, stream.ahead()), (Outcome::Closed, &b"GE"[..]));
     }
 
@@ -399,7 +409,7 @@ mod tests {
     async fn writes_go_through() {
         let (mut near, far) = duplex(64);
         near.write_all(b"AMQP\0").await.unwrap();
-        let (_, mut stream) = read_until_detected(far, Duration::from_secs(1)).await.unwrap();
+        let (_, mut stream) = read_until_detected(far, Duration::from_secs(1), Duration::from_secs(1)).await.unwrap();
         assert_eq!(stream.is_write_vectored(), stream.get_ref().is_write_vectored());
         let sent = stream.write_vectored(&[io::IoSlice::new(b"ab"), io::IoSlice::new(b"cd")]).await.unwrap();
         stream.write_all(b"e").await.unwrap();

@@ -15,7 +15,7 @@ use super::listener::{Accepted, Inbound, InboundState, Shared};
 use super::proxy_protocol;
 use super::record::{Cause, Event};
 use super::tcp::{Deadlines, Forward};
-use crate::config::schema::{OnDetectTimeout, Protocol, ProxyProtocol};
+use crate::config::schema::{Connections, Detect, HttpLimits, OnDetectTimeout, Protocol, ProxyProtocol};
 use crate::identity::SpiffeId;
 use crate::policy::{Admitted, Subject};
 use crate::tls::reason::Reason;
@@ -165,24 +165,46 @@ async fn carried(
     if let Some(spoken) = known {
         return Some((spoken, Proven { stream: Prefixed::new(stream), peer }));
     }
-    let detect = state.protocol == Protocol::Detect;
-    let timeout = if detect { state.detect.timeout.0 } else { state.limits.idle_timeout.0 };
-    let (spoken, stream) =
-        sniff(connection, stream, timeout, detect.then_some(state.detect.on_timeout), shared, Direction::Inbound).await?;
+    let sniffing = match state.protocol {
+        Protocol::Detect => Sniffing::any(&state.detect),
+        _ => Sniffing::http(&state.limits, &state.http_limits),
+    };
+    let (spoken, stream) = sniff(connection, stream, sniffing, shared, Direction::Inbound).await?;
     Some((spoken, Proven { stream, peer }))
 }
 
-/// Reads the first bytes of a stream to find out what is spoken. `opaque` says what becomes of a silent one on a listener
-/// that carries bytes as well; without it, only HTTP is served. None where the connection ends here.
+/// How the first bytes are waited for.
+pub(super) struct Sniffing {
+    /// For the first one.
+    first: Duration,
+    /// For the others.
+    rest: Duration,
+    /// What becomes of a silent connection on a listener that carries bytes as well; none where only HTTP is served.
+    opaque: Option<OnDetectTimeout>,
+}
+
+impl Sniffing {
+    /// On a listener that carries HTTP and bytes.
+    pub(super) fn any(detect: &Detect) -> Self {
+        Self { first: detect.timeout.0, rest: detect.timeout.0, opaque: Some(detect.on_timeout) }
+    }
+
+    /// On a listener that carries HTTP only: its connections may be opened ahead of their use.
+    pub(super) fn http(limits: &Connections, http: &HttpLimits) -> Self {
+        Self { first: limits.idle_timeout.0, rest: http.header_timeout.0, opaque: None }
+    }
+}
+
+/// Reads the first bytes of a stream to find out what is spoken. None where the connection ends here.
 pub(super) async fn sniff<S: tokio::io::AsyncRead + Unpin>(
     connection: &mut Connection,
     stream: S,
-    timeout: Duration,
-    opaque: Option<OnDetectTimeout>,
+    sniffing: Sniffing,
     shared: &Shared,
     direction: Direction,
 ) -> Option<(Option<Spoken>, Prefixed<S>)> {
-    let (outcome, stream) = match read_until_detected(stream, timeout).await {
+    let Sniffing { first, rest, opaque } = sniffing;
+    let (outcome, stream) = match read_until_detected(stream, first, rest).await {
         Ok(read) => read,
         Err(error) => {
             connection.end(Cause::Reset, error.to_string());
@@ -206,28 +228,28 @@ pub(super) async fn sniff<S: tokio::io::AsyncRead + Unpin>(
         }
         Outcome::Detected(found) => {
             count(if found == Detected::Tls { "tls" } else { "opaque" });
-            if opaque.is_none() {
-                connection.end(Cause::Protocol, "the first bytes are not HTTP");
-                return None;
-            }
-            None
+            // Where HTTP is all there is, what looks like nothing is refused in HTTP's words.
+            opaque.is_none().then_some(Spoken::Http1)
         }
+        Outcome::TimedOut if opaque.is_none() && !stream.ahead().is_empty() => Some(Spoken::Http1),
         Outcome::TimedOut => {
             count("timeout");
             if opaque != Some(OnDetectTimeout::Opaque) {
-                connection.end(Cause::Protocol, "no protocol was recognised in time");
+                let idle = opaque.is_none();
+                let cause = if idle { Cause::Idle } else { Cause::Protocol };
+                connection.end(cause, "no protocol was recognised in time");
                 return None;
             }
             None
         }
         Outcome::Closed => {
             // Too few bytes to tell, and no more will come: they are carried, if bytes are.
-            if stream.ahead().is_empty() || opaque.is_none() {
+            if stream.ahead().is_empty() {
                 connection.end(Cause::Done, "closed before it said anything");
                 return None;
             }
             count("opaque");
-            None
+            opaque.is_none().then_some(Spoken::Http1)
         }
     };
     Some((spoken, stream))

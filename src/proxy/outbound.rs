@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::connection::{Connection, deadlines, lone_deadlines};
 use super::detect::Prefixed;
 use super::http::{self, Spoken, Way};
-use super::inbound::{refused, sniff};
+use super::inbound::{Sniffing, refused, sniff};
 use super::io::Plain;
 use super::listener::{Accepted, Outbound, OutboundState, Shared};
 use super::record::Cause;
@@ -58,14 +58,13 @@ async fn carried(
     state: &OutboundState,
     shared: &Shared,
 ) -> Option<(Option<Spoken>, Prefixed<Plain>)> {
-    let opaque = match state.protocol {
+    let sniffing = match state.protocol {
         Protocol::Tcp => return Some((None, Prefixed::new(plain))),
         Protocol::Detect if state.server_first => return Some((None, Prefixed::new(plain))),
-        Protocol::Detect => Some(state.detect.on_timeout),
-        Protocol::Http => None,
+        Protocol::Detect => Sniffing::any(&state.detect),
+        Protocol::Http => Sniffing::http(&state.limits, &state.http_limits),
     };
-    let timeout = if opaque.is_some() { state.detect.timeout.0 } else { state.limits.idle_timeout.0 };
-    sniff(connection, plain, timeout, opaque, shared, Direction::Outbound).await
+    sniff(connection, plain, sniffing, shared, Direction::Outbound).await
 }
 
 /// Finds the upstream: tries its addresses in order until one proves to be whom we expect.
