@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 
@@ -196,7 +196,7 @@ impl Sniffing {
 }
 
 /// Reads the first bytes of a stream to find out what is spoken. None where the connection ends here.
-pub(super) async fn sniff<S: tokio::io::AsyncRead + Unpin>(
+pub(super) async fn sniff<S: AsyncRead + AsyncWrite + Unpin>(
     connection: &mut Connection,
     stream: S,
     sniffing: Sniffing,
@@ -228,8 +228,13 @@ pub(super) async fn sniff<S: tokio::io::AsyncRead + Unpin>(
         }
         Outcome::Detected(found) => {
             count(if found == Detected::Tls { "tls" } else { "opaque" });
-            // Where HTTP is all there is, what looks like nothing is refused in HTTP's words.
-            opaque.is_none().then_some(Spoken::Http1)
+            if opaque.is_none() {
+                // Not HTTP's words for whoever speaks no HTTP: an orderly end.
+                connection.end(Cause::Protocol, "the first bytes are not HTTP");
+                let _ = http::Lingering::new(stream).shutdown().await;
+                return None;
+            }
+            None
         }
         Outcome::TimedOut if opaque.is_none() && !stream.ahead().is_empty() => Some(Spoken::Http1),
         Outcome::TimedOut => {

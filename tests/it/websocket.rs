@@ -29,7 +29,8 @@ async fn messages_of_all_kinds_and_the_close_code() {
         assert_eq!((&closed["code"], &closed["messages"]), (&4007.into(), &206.into()), "{closed}");
         let record = pair.server.request("the tunnel", |line| line["status"] == 101).await;
         assert_eq!(record["cause"], "done", "{record}");
-        assert!(record["bytes_sent"].as_u64().unwrap() > 1 << 20, "{record}");
+        let least = if more.is_empty() { 1 << 20 } else { 1 << 14 };
+        assert!(record["bytes_sent"].as_u64().unwrap() > least, "{record}");
     }
 }
 

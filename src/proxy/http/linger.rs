@@ -18,7 +18,7 @@ const LINGER: Duration = Duration::from_secs(1);
 const MOST: usize = 16 << 20;
 
 /// A stream whose close lingers.
-pub(super) struct Lingering<S> {
+pub(in crate::proxy) struct Lingering<S> {
     io: S,
     /// Set once our side is closed.
     rest: Option<Pin<Box<Sleep>>>,
@@ -26,7 +26,7 @@ pub(super) struct Lingering<S> {
 }
 
 impl<S> Lingering<S> {
-    pub(super) fn new(io: S) -> Self {
+    pub(in crate::proxy) fn new(io: S) -> Self {
         Self { io, rest: None, discarded: 0 }
     }
 }

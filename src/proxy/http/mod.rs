@@ -28,4 +28,5 @@ mod tunnel;
 
 pub(super) use downstream::{Spoken, Way, serve};
 pub use pool::{Mesh, Pool};
+pub(super) use linger::Lingering;
 pub(super) use pool::WORKLOAD_TIMEOUT;

@@ -288,7 +288,8 @@ fn reply(mut exchange: Box<Exchange>, sent: Sent, upgrade: Option<OnUpgrade>) ->
         }
         return Response::from_parts(parts, ReplyBody::Own(None, None));
     }
-    if down.closes() {
+    // What follows a tunnel that did not come about may have been meant for it.
+    if down.closes() || (becomes == Becomes::Tunnel && down.spoken == Spoken::Http1) {
         parts.headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     let idle = down.idle;
