@@ -102,8 +102,8 @@ pub struct TlsFacts {
 pub struct ConnectionFacts {
     /// The peer, proven.
     pub source: SpiffeId,
-    /// Ourselves.
-    pub destination: SpiffeId,
+    /// Ourselves; none where a request is only thought of.
+    pub destination: Option<SpiffeId>,
     /// TLS; none where a request is only thought of.
     pub tls: Option<TlsFacts>,
 }

@@ -448,7 +448,7 @@ mod naive {
         let audited =
             audited.or_else(|| first(Action::Allow, PolicyMode::Audit).map(|(rule, _)| (rule.into(), Verdict::Allow)));
         let decision = Decision { verdict, rule: rule.into(), mode: config.policy.mode, audited };
-        RequestDecision { decision, route: route.into() }
+        RequestDecision { decision, route: route.into(), modules: None }
     }
 }
 
