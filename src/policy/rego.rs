@@ -56,7 +56,7 @@ pub enum ModuleFailure {
     Time,
     /// An error while it was evaluated.
     Evaluation,
-    /// The facts of the connection are not known.
+    /// The facts of the connection are not known, or not all headers: they were taken under rules without a module.
     NoFacts,
     /// It was not loaded.
     NotLoaded,
@@ -167,9 +167,9 @@ fn read(file: &std::path::Path) -> Result<Module, String> {
     Module::compile(text).map_err(refuse)
 }
 
-/// What a module may read; none without the facts of the connection.
+/// What a module may read; none without the facts of the connection and all headers, for an absence must be certain.
 fn input(facts: &HttpFacts) -> Option<Value> {
-    let connection = facts.connection()?;
+    let (connection, kept) = (facts.connection()?, facts.all_headers()?);
     let identity =
         |id: &SpiffeId| json!({ "spiffe_id": id.as_str(), "trust_domain": id.trust_domain_name(), "path": id.path() });
     let mut request = Map::new();
@@ -183,7 +183,7 @@ fn input(facts: &HttpFacts) -> Option<Value> {
         HttpTarget::Authority => {}
     }
     let mut headers = Map::new();
-    for (name, value) in facts.headers() {
+    for (name, value) in kept {
         let value = String::from_utf8_lossy(value.as_bytes());
         match headers.get_mut(name.as_str()) {
             Some(Value::String(before)) => {
@@ -323,5 +323,6 @@ mod engine {
     }
 }
 
-#[cfg(all(test, feature = "rego"))]
+#[cfg(test)]
+#[cfg(feature = "rego")]
 mod tests;

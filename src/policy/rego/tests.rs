@@ -139,6 +139,12 @@ fn without_facts_or_modules_nothing_is_allowed() {
     let unknown = HttpFacts::new(&parts, None, target, rules.header_names());
     let decision = rules.for_peer(&id("spiffe://td/a")).decide(&unknown);
     assert_eq!(decision.modules.unwrap().module.failure, Some(ModuleFailure::NoFacts));
+    let mut before = place.config.clone();
+    before.inbound[0].http.rego = None;
+    let before = Policy::compile(&before).listener("api").unwrap();
+    let kept = facts(&before, Request::get("/").header("x-a", "1"));
+    let decision = rules.for_peer(&id("spiffe://td/a")).decide(&kept);
+    assert_eq!(decision.modules.unwrap().module.failure, Some(ModuleFailure::NoFacts), "headers may be missing");
     let unread = Policy::compile(&place.config).listener("api").unwrap();
     let decision = decide(&unread, Request::get("/"));
     assert_eq!(decision.modules.unwrap().module.failure, Some(ModuleFailure::NotLoaded));
