@@ -117,7 +117,7 @@ impl Proxy {
         let house = House {
             slots: Arc::new(Semaphore::new(profile.max_handshakes)),
             profile,
-            policy: Arc::new(Policy::compile(&config)),
+            policy: Arc::default(),
             trust: None,
             identity: None,
             generation: 0,
@@ -198,7 +198,7 @@ impl Proxy {
         let _runtime = self.traffic.enter();
         let mut house = self.house();
         let profile = profile_of(&config)?;
-        let policy = Arc::new(Policy::compile(&config));
+        let policy = Arc::new(Policy::load(&config).map_err(ApplyError)?);
         for inbound in &config.inbound {
             Target::parse(&inbound.to).map_err(|why| ApplyError(format!("inbound '{}': {why}", inbound.name)))?;
         }

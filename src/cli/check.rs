@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use super::{Outcome, Streams};
-use crate::config::schema::{Action, Config, Inbound, PolicyMode};
+use crate::config::schema::{Action, Config, Inbound, PolicyMode, Protocol};
 use crate::config::{LoadOptions, check_files, load_with};
 
 /// Arguments of `check`.
@@ -101,7 +101,12 @@ fn inbound(listener: &Inbound, config: &Config) -> String {
     let who = if allowed.is_empty() { "nobody".to_owned() } else { some(&allowed) };
     let but = if denied.is_empty() { String::new() } else { format!(" but not {}", some(&denied)) };
     let legacy = if listener.legacy_tls12 { " (TLS 1.2 too)" } else { "" };
-    format!("inbound {}: mTLS on {}{legacy} → {}, for {who}{but}", listener.name, listener.listen, listener.to)
+    let carries = match listener.protocol {
+        Protocol::Tcp => "",
+        Protocol::Http => ", HTTP judged by request",
+        Protocol::Detect => ", HTTP judged by request or bytes",
+    };
+    format!("inbound {}: mTLS on {}{legacy} → {}{carries}, for {who}{but}", listener.name, listener.listen, listener.to)
 }
 
 /// The first few, and how many more.

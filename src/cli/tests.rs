@@ -172,3 +172,82 @@ fn completions_and_man_pages_come_from_the_same_words() {
     assert_eq!(portcullis(&["man", "--out", dir.path().to_str().unwrap()]).0, 0);
     assert!(dir.path().join("portcullis-explain.1").exists());
 }
+
+#[test]
+fn explain_judges_a_request_as_it_would_come() {
+    let file = root("examples/http-authorization.yaml");
+    let explain = |from: &str, more: &[&str]| {
+        let mut arguments = vec!["explain", "--config", file.to_str().unwrap(), "--to", "records", "--from", from];
+        arguments.extend(more);
+        portcullis(&arguments)
+    };
+    let ward = "spiffe://nhs.example/ns/wards/sa/a";
+    let (code, out, _) = explain(ward, &["--path", "/x/..//patients/%37?y", "--host", "A.Example:1"]);
+    assert_eq!(code, 0);
+    assert!(out.starts_with("allowed: ") && out.contains("request as judged: GET /patients/7 on A.Example\n"), "{out}");
+    assert!(out.contains("rule 'wards-read' (") && out.contains("route in metrics: /patients/{id}\n"), "{out}");
+
+    let (code, out, _) = explain(ward, &["--path", "/patients/7", "--header", "x-tenant: south"]);
+    assert!(code == 0 && out.contains("'only-the-north'") && out.contains("would deny it; that would change"), "{out}");
+    let (code, out, _) = explain(ward, &["--path", "/static/../admin/x", "--method", "GET"]);
+    assert!(code == 1 && out.contains("rule 'no-admin-pages' ("), "{out}");
+    let (code, out, _) = explain(ward, &["--path", "/patients/..%2fadmin"]);
+    assert!(code == 1 && out.contains("refused with 400 before any rule is asked: an encoded slash"), "{out}");
+    let (code, out, _) = explain(ward, &["--method", "CONNECT", "--host", "db:1"]);
+    assert!(code == 1 && out.contains("request as judged: CONNECT on db\n"), "{out}");
+    let (code, out, _) = explain(ward, &[]);
+    assert!(code == 0 && out.contains("may let requests through; say --method and --path"), "{out}");
+    assert_eq!(explain("spiffe://other.example/a", &[]).0, 1);
+
+    let call = ["--grpc", "nhs.records.v1.Results/Report", "--output", "json"];
+    let (code, out, _) = explain("spiffe://labs.example/a", &call);
+    let answer: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, &answer["admitted"], &answer["rule"]), (0, &true.into(), &"labs-report".into()));
+    let request = serde_json::json!({
+        "method": "POST", "path": "/nhs.records.v1.Results/Report", "host": null,
+        "route": "/nhs.records.v1.Results/Report", "malformed": null, "module": null, "shadow": null,
+    });
+    assert_eq!(answer["request"], request);
+    let (code, out, _) = explain(ward, &["--path", "/a\\b", "--output", "json"]);
+    let answer: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, &answer["admitted"]), (1, &false.into()));
+    assert_eq!(answer["request"]["malformed"], "a backslash");
+
+    assert_eq!(explain(ward, &["--grpc", "a/b", "--path", "/"]).0, 2);
+    assert_eq!(explain(ward, &["--grpc", "a"]).0, 2);
+    assert_eq!(explain(ward, &["--header", "x"]).0, 2);
+    let tcp = root("examples/audit-migration.yaml");
+    let asked = ["explain", "-c", tcp.to_str().unwrap(), "--from", ward, "--to", "orders", "--path", "/"];
+    let (code, _, err) = portcullis(&asked);
+    assert!(code == 2 && err.contains("'orders' carries bytes, so no request can be seen there"), "{err}");
+}
+
+#[cfg(feature = "rego")]
+#[test]
+fn explain_and_check_ask_the_module_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("config.yaml");
+    let config = "identity: {authority: {spiffe_id: 'spiffe://td/b'}}\ninbound: [{name: api, listen: '127.0.0.1:1', \
+                  to: '127.0.0.1:2', protocol: http, allow: ['spiffe://td'], http: {rego: {module: authz.rego, \
+                  shadow: next.rego}}}]\n";
+    std::fs::write(&file, config).unwrap();
+    let module = "package portcullis.authz\nallow if input.request.path == \"/open\"";
+    std::fs::write(dir.path().join("authz.rego"), module).unwrap();
+    std::fs::write(dir.path().join("next.rego"), "package portcullis.authz\nallow := true").unwrap();
+    let explain = |path: &str| {
+        let file = file.to_str().unwrap();
+        portcullis(&["explain", "-c", file, "--from", "spiffe://td/a", "--to", "api", "--path", path])
+    };
+    let (code, out, _) = explain("/open");
+    assert!(code == 0 && out.contains("the Rego module, without facts of TLS and of ourselves, allows it"), "{out}");
+    let (code, out, _) = explain("/shut");
+    assert!(code == 1 && out.contains("the rules allow it, and the Rego module of the listener does not"), "{out}");
+    assert!(out.contains("the shadow module allows it"), "{out}");
+    assert_eq!(portcullis(&["check", file.to_str().unwrap()]).0, 0);
+
+    std::fs::write(dir.path().join("next.rego"), "package portcullis.authz\nallow := nothing.known(1)").unwrap();
+    let (code, _, err) = portcullis(&["check", file.to_str().unwrap()]);
+    assert!(code == 1 && err.contains("config.yaml:2:") && err.contains("next.rego: "), "{err}");
+    let (code, _, err) = explain("/open");
+    assert!(code == 1 && err.contains("inbound 'api': ") && err.contains("nothing.known"), "{err}");
+}

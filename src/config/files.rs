@@ -42,7 +42,7 @@ pub struct FileFindings {
     pub warnings: Vec<Finding>,
 }
 
-/// Looks at every file and socket that a config names. Reads nothing but the first byte.
+/// Looks at every file and socket that a config names. Reads nothing but the first byte, and Rego modules whole.
 pub fn check_files(loaded: &Loaded) -> FileFindings {
     let mut look = Look { places: &loaded.positions, found: FileFindings::default() };
     let identity = &loaded.config.identity;
@@ -79,9 +79,9 @@ pub fn check_files(loaded: &Loaded) -> FileFindings {
     }
     for (index, listener) in loaded.config.inbound.iter().enumerate() {
         let Some(rego) = &listener.http.rego else { continue };
-        look.file(at!["inbound", index, "http", "rego", "module"], &rego.module);
+        look.module(at!["inbound", index, "http", "rego", "module"], &rego.module);
         if let Some(shadow) = &rego.shadow {
-            look.file(at!["inbound", index, "http", "rego", "shadow"], shadow);
+            look.module(at!["inbound", index, "http", "rego", "shadow"], shadow);
         }
     }
     for (index, listener) in loaded.config.outbound.iter().enumerate() {
@@ -119,6 +119,13 @@ impl Look<'_> {
         self.found.errors.push(finding);
     }
 
+    fn module(&mut self, at: &[Step<'_>], file: &Path) {
+        if let Err(what) = crate::policy::rego::check(file) {
+            let finding = self.finding(at, what);
+            self.found.errors.push(finding);
+        }
+    }
+
     fn key_mode(&mut self, at: &[Step<'_>], file: &Path) {
         use std::os::unix::fs::PermissionsExt;
         if std::fs::metadata(file).is_ok_and(|m| m.permissions().mode() & 0o007 != 0) {
@@ -149,7 +156,7 @@ impl Look<'_> {
 }
 
 /// The system's words without its number.
-pub(super) fn in_words(error: &std::io::Error) -> String {
+pub(crate) fn in_words(error: &std::io::Error) -> String {
     let text = error.to_string();
     text.split_once(" (os error").map_or(text.as_str(), |(words, _)| words).to_owned()
 }

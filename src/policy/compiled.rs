@@ -51,6 +51,7 @@ use lru::LruCache;
 
 use super::http::{HeaderNames, HttpRule, PeerPolicy};
 use super::pattern::{IdPattern, Segment};
+use super::rego::Gate;
 use crate::config::schema::{Action, Config, Inbound, PolicyMode, Protocol, Rule};
 use crate::identity::SpiffeId;
 
@@ -257,12 +258,14 @@ pub struct ListenerPolicy {
     /// For requests; empty where none can be seen.
     rules: Vec<HttpRule>,
     header_names: Arc<HeaderNames>,
+    /// Must allow, too, what the rules allow.
+    gate: Option<Arc<Gate>>,
     peers: Mutex<LruCache<SpiffeId, Arc<PeerPolicy>>>,
     digest: [u8; 32],
 }
 
 impl ListenerPolicy {
-    fn compile(config: &Config, listener: &Inbound) -> Self {
+    fn compile(config: &Config, listener: &Inbound, gate: Option<Gate>) -> Self {
         let mut compiled = Self {
             mode: config.policy.mode,
             protocol: listener.protocol,
@@ -272,6 +275,7 @@ impl ListenerPolicy {
             default: DEFAULT_RULE.into(),
             rules: Vec::new(),
             header_names: Arc::default(),
+            gate: None,
             peers: Mutex::new(LruCache::new(REMEMBERED_PEERS)),
             digest: [0; 32],
         };
@@ -294,7 +298,13 @@ impl ListenerPolicy {
             compiled.add(&mut digest, rule);
             header_names.extend(rule.http.iter().flat_map(|wanted| &wanted.headers).map(|header| header.name.clone()));
         }
-        compiled.header_names = Arc::new(HeaderNames::new(header_names, false));
+        if let Some(gate) = gate {
+            digest.text(&gate.rule);
+            gate.texts().for_each(|text| digest.text(text));
+            compiled.gate = Some(Arc::new(gate));
+        }
+        // A module may look at any.
+        compiled.header_names = Arc::new(HeaderNames::new(header_names, compiled.gate.is_some()));
         compiled.digest = digest.finish();
         compiled
     }
@@ -371,7 +381,7 @@ impl ListenerPolicy {
             return Arc::clone(known);
         }
         let speaking = self.rules.iter().filter(|rule| rule.from.iter().any(|pattern| pattern.matches(peer)));
-        let made = Arc::new(PeerPolicy::compile(self.mode, &self.default, speaking));
+        let made = Arc::new(PeerPolicy::compile(self.mode, &self.default, self.gate.clone(), speaking));
         if made.size() <= LARGEST_REMEMBERED {
             self.remembered().put(peer.clone(), Arc::clone(&made));
         }
@@ -439,10 +449,28 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Compiles the rules of a config.
+    /// Compiles the rules of a config, and reads and compiles the modules that it names.
+    ///
+    /// # Errors
+    /// A module that cannot be read or compiled, in words.
+    pub fn load(config: &Config) -> Result<Self, String> {
+        let mut listeners = HashMap::new();
+        for listener in &config.inbound {
+            let load = |files| Gate::load(&listener.name, files);
+            let gate = listener.http.rego.as_ref().map(load).transpose();
+            let gate = gate.map_err(|why| format!("inbound '{}': {why}", listener.name))?;
+            let compiled = ListenerPolicy::compile(config, listener, gate);
+            listeners.insert(listener.name.as_str().into(), Arc::new(compiled));
+        }
+        Ok(Self { listeners })
+    }
+
+    /// Compiles the rules of a config. Modules are not read: a listener that has one admits no request.
     pub fn compile(config: &Config) -> Self {
-        let compile =
-            |listener: &Inbound| (listener.name.as_str().into(), Arc::new(ListenerPolicy::compile(config, listener)));
+        let compile = |listener: &Inbound| {
+            let gate = listener.http.rego.as_ref().map(|_| Gate::shut(&listener.name));
+            (listener.name.as_str().into(), Arc::new(ListenerPolicy::compile(config, listener, gate)))
+        };
         Self { listeners: config.inbound.iter().map(compile).collect() }
     }
 

@@ -9,6 +9,7 @@ pub mod compiled;
 pub mod http;
 pub mod path;
 pub mod pattern;
+pub mod rego;
 
 pub use self::http::{ConnectionFacts, HttpFacts, HttpTarget, PeerPolicy, RequestDecision};
 pub use admitted::{Admitted, Expected, HttpSubject, Subject};

@@ -34,8 +34,9 @@ pub(super) fn check(c: &mut Checker<'_>, config: &Config) {
             }
             continue;
         }
-        if listener.http.rego.is_some() {
-            c.error(at!["inbound", index, "http", "rego"], "this build has no Rego; remove it, or build it in");
+        if listener.http.rego.is_some() && !cfg!(feature = "rego") {
+            let what = "this build has no Rego; remove it, or build with the feature `rego`";
+            c.error(at!["inbound", index, "http", "rego"], what);
         }
         bounds(c, index, listener, config);
     }

@@ -102,8 +102,8 @@ pub struct TlsFacts {
 pub struct ConnectionFacts {
     /// The peer, proven.
     pub source: SpiffeId,
-    /// Ourselves.
-    pub destination: SpiffeId,
+    /// Ourselves; none where a request is only thought of.
+    pub destination: Option<SpiffeId>,
     /// TLS; none where a request is only thought of.
     pub tls: Option<TlsFacts>,
 }
@@ -176,9 +176,13 @@ impl HttpFacts {
         self.connection.as_ref()
     }
 
-    /// The headers that were kept.
-    pub(crate) fn headers(&self) -> &[(HeaderName, HeaderValue)] {
+    fn headers(&self) -> &[(HeaderName, HeaderValue)] {
         self.headers.as_deref().unwrap_or_default()
+    }
+
+    /// All headers; none if only some were kept.
+    pub(crate) fn all_headers(&self) -> Option<&[(HeaderName, HeaderValue)]> {
+        self.kept.all.then(|| self.headers())
     }
 
     /// The values of a header: whether each came under the very name, and the value. None if they were not kept.

@@ -9,9 +9,10 @@ use super::NO_ROUTE;
 use super::facts::{HttpFacts, HttpTarget};
 use super::pattern::{FieldName, HostPattern, PathKind, PathPattern, Segment};
 use crate::config::schema::{Action, HttpMatch, PolicyMode};
-use crate::policy::compiled::{Decision, Kind, conclude};
+use crate::policy::compiled::{Decision, Kind, Verdict, conclude};
 use crate::policy::path::without_parameters;
 use crate::policy::pattern::IdPattern;
+use crate::policy::rego::{Gate, ModuleReport};
 
 /// A decision about a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +22,8 @@ pub struct RequestDecision {
     /// The path as the deciding rule declares it: `/patients/{id}`, `/static/*`, `/pkg.Service/Method`; `*` where no
     /// path decided. As many different ones as the config has, so it may stand in metric labels.
     pub route: Arc<str>,
+    /// What the listener's modules said, where they were asked: about what the rules allow.
+    pub modules: Option<ModuleReport>,
 }
 
 /// A rule of a listener, with what it says of requests made ready.
@@ -182,6 +185,7 @@ pub struct PeerPolicy {
     mode: PolicyMode,
     default: Arc<str>,
     no_route: Arc<str>,
+    gate: Option<Arc<Gate>>,
     entries: Vec<Entry>,
     /// Whatever the path.
     anywhere: Entries,
@@ -194,12 +198,14 @@ impl PeerPolicy {
     pub(in crate::policy) fn compile<'a>(
         mode: PolicyMode,
         default: &Arc<str>,
+        gate: Option<Arc<Gate>>,
         rules: impl Iterator<Item = &'a HttpRule>,
     ) -> Self {
         let mut policy = Self {
             mode,
             default: Arc::clone(default),
             no_route: NO_ROUTE.into(),
+            gate,
             entries: Vec::new(),
             anywhere: Entries::default(),
             paths: Node::default(),
@@ -272,10 +278,19 @@ impl PeerPolicy {
             HttpTarget::Server => search.look(&self.anywhere, Reading::Literal),
         }
         let found = search.found.map(|place| place.and_then(|place| self.entries.get(usize::try_from(place).ok()?)));
-        let decision = conclude(found.map(|entry| entry.map(|entry| &entry.rule)), &self.default, self.mode);
+        let mut decision = conclude(found.map(|entry| entry.map(|entry| &entry.rule)), &self.default, self.mode);
         let [deny, allow, ..] = found;
         let route = deny.or(allow).map_or(&self.no_route, |entry| &entry.route);
-        RequestDecision { decision, route: Arc::clone(route) }
+        // What the rules refuse is refused; of the rest, the module may refuse some.
+        let gate = self.gate.as_ref().filter(|_| decision.verdict == Verdict::Allow);
+        let modules = gate.map(|gate| {
+            let report = gate.ask(facts);
+            if !report.module.allows {
+                decision = Decision { verdict: Verdict::Deny, rule: Arc::clone(&gate.rule), ..decision.clone() };
+            }
+            report
+        });
+        RequestDecision { decision, route: Arc::clone(route), modules }
     }
 }
 

@@ -376,7 +376,7 @@ mod naive {
         let matches = |path: &[&str]| {
             let wanted: Vec<&str> = match pattern.as_str() {
                 "/" if pattern.kind() == PathKind::Prefix => vec![],
-                text => text[1..].split('/').collect(),
+                text => text.split('/').skip(1).collect(),
             };
             let segment = |(wanted, have): (&&str, &&str)| {
                 if wanted.starts_with('{') { !have.is_empty() } else { wanted == have }
@@ -388,7 +388,7 @@ mod naive {
             };
             long_enough && wanted.iter().zip(path).all(segment)
         };
-        let segments: Vec<&str> = path[1..].split('/').collect();
+        let segments: Vec<&str> = path.split('/').skip(1).collect();
         if matches(&segments) {
             return true;
         }
@@ -448,7 +448,7 @@ mod naive {
         let audited =
             audited.or_else(|| first(Action::Allow, PolicyMode::Audit).map(|(rule, _)| (rule.into(), Verdict::Allow)));
         let decision = Decision { verdict, rule: rule.into(), mode: config.policy.mode, audited };
-        RequestDecision { decision, route: route.into() }
+        RequestDecision { decision, route: route.into(), modules: None }
     }
 }
 

@@ -85,7 +85,7 @@ fn what_could_be_read_in_two_ways_is_refused() {
     }
     let long = format!("/{}", "a".repeat(MAX_PATH_BYTES));
     assert_eq!(normal(&long, Refuse), Err(PathError::TooLong));
-    assert!(normal(&long[..MAX_PATH_BYTES], Refuse).is_ok());
+    assert!(normal(long.get(..MAX_PATH_BYTES).unwrap(), Refuse).is_ok());
 }
 
 #[test]
@@ -228,7 +228,7 @@ proptest! {
         prop_assert!(form.starts_with('/') && !form.contains("//") && !form.contains('\\'), "{}", form);
         prop_assert!(form.split('/').all(|segment| segment != "." && segment != ".."), "{}", form);
         for (at, _) in form.match_indices('%') {
-            let hex = &form[at + 1..at + 3];
+            let hex = form.get(at + 1..at + 3).unwrap();
             let octet = u8::from_str_radix(hex, 16).unwrap();
             prop_assert!(!unreserved(octet) && hex == hex.to_uppercase(), "{}", form);
             prop_assert!(octet != b'/' || escaped == Keep, "{}", form);
