@@ -27,6 +27,7 @@ use crate::policy::{Expected, Policy};
 use crate::proxy::listener::{Address, Inbound, InboundState, Listener, Outbound, OutboundState, Shared};
 use crate::proxy::record::{Cause, Observer};
 use crate::proxy::registry::Registry;
+use crate::proxy::trace::Sampler;
 use crate::proxy::upstream::{HostPort, Target};
 use crate::tls::record::Direction;
 use crate::tls::{ClientTls, Profile, ServerTls, Trust};
@@ -110,6 +111,7 @@ impl Proxy {
             registry: Arc::new(Registry::default()),
             clock,
             places: Arc::new(Semaphore::new(config.connections.max.min(Semaphore::MAX_PERMITS))),
+            tracing: config.telemetry.traces.as_ref().map_or(Sampler::OFF, |traces| Sampler::ratio(traces.ratio)),
         });
         let house = House {
             slots: Arc::new(Semaphore::new(profile.max_handshakes)),

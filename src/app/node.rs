@@ -20,7 +20,7 @@ use crate::identity::keeper::{Current, Keeper, KeeperOptions};
 use crate::identity::source::Source;
 use crate::policy::Decision;
 use crate::proxy::record::{ConnectionRecord, Event, Observer, RequestRecord};
-use crate::telemetry::{Metrics, access};
+use crate::telemetry::{Metrics, Traces, access};
 use crate::tls::Profile;
 use crate::tls::record::{Direction, HandshakeRecord};
 
@@ -37,11 +37,12 @@ pub struct Node {
     _tasks: JoinSet<()>,
 }
 
-/// Metrics and access log, fed by the data path.
+/// Metrics, access log and traces, fed by the data path.
 #[derive(Debug)]
 struct Sight {
     metrics: Metrics,
     access_log: AtomicBool,
+    traces: Option<Traces>,
 }
 
 impl Observer for Sight {
@@ -74,6 +75,9 @@ impl Observer for Sight {
         if self.access_log.load(Ordering::Relaxed) {
             access::request(record);
         }
+        if let Some(traces) = &self.traces {
+            traces.send(record);
+        }
     }
     fn accept_failed(&self, _listener: &str, kind: &'static str) {
         self.metrics.accept_failed(kind);
@@ -95,7 +99,9 @@ impl Node {
         let profile = Profile::from_config(&config.tls).map_err(|error| error.to_string())?;
         let metrics = Metrics::new(&config.labels, config.telemetry.max_peers, profile.fips())
             .map_err(|error| format!("the metrics cannot be set up: {error}"))?;
-        let sight = Arc::new(Sight { metrics, access_log: config.telemetry.access_log.into() });
+        let traces = config.telemetry.traces.as_ref();
+        let traces = traces.map(|declared| metrics.traces(declared, &config.labels)).transpose()?;
+        let sight = Arc::new(Sight { metrics, access_log: config.telemetry.access_log.into(), traces });
         let observer = Arc::clone(&sight) as Arc<dyn Observer>;
         let proxy =
             Proxy::start(config, current.clone(), observer, clock, traffic.clone()).map_err(|e| e.to_string())?;
@@ -146,6 +152,13 @@ impl Node {
         self.sight.metrics.render().1
     }
 
+    /// Sends the spans that still wait, as far as that is done in five seconds. For the end, after a drain.
+    pub async fn flush(&self) {
+        if let Some(traces) = &self.sight.traces {
+            traces.flush().await;
+        }
+    }
+
     /// Takes a changed config, or says why not; then the old one goes on.
     ///
     /// # Errors
@@ -159,6 +172,7 @@ impl Node {
             ("threads", before.threads == config.threads),
             ("tls.svid_keys", before.tls.svid_keys == config.tls.svid_keys),
             ("telemetry.max_peers", before.telemetry.max_peers == config.telemetry.max_peers),
+            ("telemetry.traces", before.telemetry.traces == config.telemetry.traces),
             ("telemetry.log_format", before.telemetry.log_format == config.telemetry.log_format),
         ];
         let changed: Vec<_> = fixed.iter().filter(|(_, same)| !same).map(|(key, _)| *key).collect();

@@ -19,6 +19,7 @@ use super::connection::Connection;
 use super::io::{Plain, tune};
 use super::record::{Cause, Observer};
 use super::registry::Registry;
+use super::trace::Sampler;
 use super::upstream::{HostPort, Target};
 use crate::clock::Clock;
 use crate::config::address;
@@ -39,6 +40,8 @@ pub struct Shared {
     pub clock: Clock,
     /// Places for connections, those in a handshake included.
     pub places: Arc<Semaphore>,
+    /// Which requests get a span.
+    pub tracing: Sampler,
 }
 
 impl fmt::Debug for Shared {
