@@ -296,3 +296,66 @@ fn state(proxy: &Proxy, readiness: &Readiness) -> Value {
         "config": proxy.config(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proxy::listener::Client;
+    use crate::proxy::record::{HttpVersion, RequestCause, TraceContext};
+    use std::time::{Duration, SystemTime};
+
+    #[test]
+    fn a_request_is_seen_in_every_way_that_is_configured() {
+        let hole = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let text = format!(
+            "identity: unix:///a\ninbound: [{{name: api, listen: '127.0.0.1:0', to: '127.0.0.1:1', allow: ['spiffe://td']}}]\n\
+             telemetry: {{traces: {{endpoint: 'http://{}', queue: 1, max_batch: 1}}}}",
+            hole.local_addr().unwrap()
+        );
+        let config = crate::config::parse(&text, "f.yaml").unwrap().config;
+        let metrics = Metrics::new(&config.labels, 10, false).unwrap();
+        let traces = metrics.traces(config.telemetry.traces.as_ref().unwrap(), &config.labels).unwrap();
+        let sight = Sight { metrics, access_log: false.into(), traces: Some(traces) };
+        let record = RequestRecord {
+            listener: "api".into(),
+            direction: Direction::Inbound,
+            client: Client::Unix,
+            peer: None,
+            local: None,
+            tls: None,
+            upstream: None,
+            rule: None,
+            route: "*".into(),
+            method: http::Method::GET,
+            host: "".into(),
+            path: "/".into(),
+            version: HttpVersion::Http11,
+            status: Some(200),
+            grpc_status: None,
+            bytes_sent: 0,
+            bytes_received: 0,
+            began: SystemTime::UNIX_EPOCH,
+            duration: Duration::ZERO,
+            attempts: 1,
+            cause: RequestCause::Done,
+            detail: String::new(),
+            trace: Some(TraceContext { trace_id: [1; 16], span_id: [1; 8], parent: None, sampled: true }),
+        };
+        let observer: &dyn Observer = &sight;
+        for _ in 0..10 {
+            observer.request_begun(Direction::Inbound);
+            observer.request(&record);
+        }
+        observer.event(Direction::Outbound, &"api".into(), Event::Retried);
+        let text = sight.metrics.render().1;
+        let value = |name: &str, has: &str| {
+            let line = text.lines().find(|line| line.starts_with(name) && line.contains(has)).unwrap();
+            line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
+        };
+        assert_eq!(value("portcullis_http_requests_total", "status_class=\"2xx\""), 10.0);
+        assert_eq!(value("portcullis_http_requests_in_flight", "inbound"), 0.0);
+        assert_eq!(value("portcullis_http_retries_total", "sent"), 1.0);
+        // One is on its way, one waits.
+        assert!(value("portcullis_spans_dropped_total", "queue_full") >= 8.0);
+    }
+}

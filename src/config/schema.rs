@@ -512,7 +512,7 @@ impl Default for Telemetry {
 #[serde(deny_unknown_fields)]
 pub struct Traces {
     /// The collector: `http://127.0.0.1:4317`, for `http` usually port 4318. Plaintext, so one on this machine, or behind
-    /// an outbound listener.
+    /// an outbound listener. Headers that it wants, such as a key, come from OTEL_EXPORTER_OTLP_HEADERS.
     pub endpoint: String,
     /// How OTLP is carried.
     #[serde(default)]
