@@ -66,30 +66,31 @@ impl Traces {
     pub(super) fn start(declared: &Declared, labels: &Labels, counts: Counts) -> Result<Self, String> {
         let (spans, waiting) = mpsc::channel(declared.queue);
         let (flushes, asked) = mpsc::channel(1);
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|error| format!("the traces' runtime cannot be started: {error}"))?;
-        let exporter = {
-            let _within = runtime.enter();
-            exporter(declared, labels)?
-        };
-        let sending = Sending {
-            exporter,
-            timeout: declared.timeout.0,
-            most: declared.max_batch,
-            counts: counts.clone(),
-            endpoint: declared.endpoint.clone(),
-            failing: false,
-        };
-        std::thread::Builder::new()
-            .name("traces".into())
-            .spawn(move || {
-                runtime.block_on(sending.run(waiting, asked));
-                // A name that is being looked up must not hold the thread.
-                runtime.shutdown_background();
-            })
-            .map_err(|error| format!("the traces' thread cannot be started: {error}"))?;
+        let (ready, started) = std::sync::mpsc::sync_channel(1);
+        let (theirs, labels, declared) = (counts.clone(), labels.clone(), declared.clone());
+        // The runtime is made and dropped on its own thread: dropped on one of another runtime it would panic.
+        let thread = std::thread::Builder::new().name("traces".into()).spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let runtime = match runtime {
+                Ok(runtime) => runtime,
+                Err(error) => return drop(ready.send(Err(format!("the traces' runtime cannot be started: {error}")))),
+            };
+            let made = {
+                let _within = runtime.enter();
+                exporter(&declared, &labels)
+            };
+            match made {
+                Ok(exporter) => {
+                    let _ = ready.send(Ok(()));
+                    runtime.block_on(Sending::new(exporter, declared, theirs).run(waiting, asked));
+                }
+                Err(why) => drop(ready.send(Err(why))),
+            }
+            // A name that is being looked up must not hold the thread.
+            runtime.shutdown_background();
+        });
+        thread.map_err(|error| format!("the traces' thread cannot be started: {error}"))?;
+        started.recv().unwrap_or_else(|_| Err("the traces' thread ended at once".into()))?;
         Ok(Self { spans, flushes, counts })
     }
 
@@ -176,6 +177,17 @@ struct Sending<E> {
 }
 
 impl<E: SpanExporter> Sending<E> {
+    fn new(exporter: E, declared: Declared, counts: Counts) -> Self {
+        Self {
+            exporter,
+            timeout: declared.timeout.0,
+            most: declared.max_batch,
+            counts,
+            endpoint: declared.endpoint,
+            failing: false,
+        }
+    }
+
     async fn run(mut self, mut waiting: mpsc::Receiver<RequestRecord>, mut asked: mpsc::Receiver<oneshot::Sender<()>>) {
         let mut batch = Vec::new();
         loop {

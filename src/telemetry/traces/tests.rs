@@ -192,7 +192,10 @@ async fn a_collector_that_never_answers_costs_spans_and_no_more() {
 #[tokio::test]
 async fn spans_that_a_collector_does_not_take_in_time_are_given_up_and_counted() {
     let hole = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    // Bound by us and by nobody else, and nobody listens.
+    let refusing = tokio::net::TcpSocket::new_v4().unwrap();
+    refusing.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let gone = refusing.local_addr().unwrap();
     for protocol in [TraceProtocol::Grpc, TraceProtocol::Http] {
         for address in [hole.local_addr().unwrap(), gone] {
             let timeout = Span(Duration::from_millis(50));
@@ -204,6 +207,17 @@ async fn spans_that_a_collector_does_not_take_in_time_are_given_up_and_counted()
             assert_eq!(traces.counts.failed.get(), 15, "{protocol:?} {address}");
             assert_eq!(traces.counts.exported.get(), 0);
         }
+    }
+}
+
+#[tokio::test]
+async fn an_endpoint_that_cannot_be_used_is_told_at_the_start() {
+    let declared =
+        Declared { endpoint: "http://[::1".into(), ..declared(([127, 0, 0, 1], 1).into(), TraceProtocol::Grpc) };
+    for protocol in [TraceProtocol::Grpc, TraceProtocol::Http] {
+        let declared = Declared { protocol, ..declared.clone() };
+        let why = Traces::start(&declared, &Labels::default(), Counts::new(&Registry::new()).unwrap()).unwrap_err();
+        assert!(why.starts_with("telemetry.traces: "), "{why}");
     }
 }
 
