@@ -1,5 +1,5 @@
-//! What telling of one request costs: all of its metrics with the decision about it, and its line in the access log.
-//! Both run for every request.
+//! What telling of one request costs: all of its metrics with the decision about it, and its line in the access log,
+//! and its place in a trace.
 //!
 //! The point to look at: the metrics well under a microsecond, and with four threads at the same series not many times
 //! more.
@@ -12,6 +12,7 @@ use portcullis::config::schema::{Labels, PolicyMode};
 use portcullis::policy::{Decision, Verdict};
 use portcullis::proxy::listener::Client;
 use portcullis::proxy::record::{HttpVersion, RequestCause, RequestRecord};
+use portcullis::proxy::trace::Sampler;
 use portcullis::telemetry::{Metrics, access};
 use portcullis::tls::record::Direction;
 
@@ -69,6 +70,24 @@ fn request(c: &mut Criterion) {
     tracing::subscriber::with_default(json, || {
         group.bench_function("access_log", |b| b.iter(|| access::request(black_box(&record))));
     });
+    let sampler = Sampler::ratio(0.1);
+    let mut parent = http::HeaderMap::new();
+    parent.insert(
+        "traceparent",
+        http::HeaderValue::from_static("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00"),
+    );
+    for (case, headers) in [("trace_begun", http::HeaderMap::new()), ("trace_continued", parent)] {
+        group.bench_function(case, |b| {
+            b.iter_batched_ref(
+                || headers.clone(),
+                |headers| {
+                    let trace = sampler.incoming(headers);
+                    sampler.outgoing(trace.as_ref(), headers);
+                },
+                criterion::BatchSize::SmallInput,
+            );
+        });
+    }
     group.finish();
 }
 

@@ -29,6 +29,7 @@ use crate::proxy::http::{Mesh, Pool};
 use crate::proxy::listener::{Address, Inbound, InboundState, Listener, Outbound, OutboundState, Shared};
 use crate::proxy::record::{Cause, Observer};
 use crate::proxy::registry::Registry;
+use crate::proxy::trace::Sampler;
 use crate::proxy::upstream::{HostPort, Target};
 use crate::tls::record::Direction;
 use crate::tls::server::Serves;
@@ -113,6 +114,7 @@ impl Proxy {
             registry: Arc::new(Registry::default()),
             clock,
             places: Arc::new(Semaphore::new(config.connections.max.min(Semaphore::MAX_PERMITS))),
+            tracing: config.telemetry.traces.as_ref().map_or(Sampler::OFF, |traces| Sampler::ratio(traces.ratio)),
         });
         let house = House {
             slots: Arc::new(Semaphore::new(profile.max_handshakes)),

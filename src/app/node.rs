@@ -20,7 +20,7 @@ use crate::identity::keeper::{Current, Keeper, KeeperOptions};
 use crate::identity::source::Source;
 use crate::policy::Decision;
 use crate::proxy::record::{ConnectionRecord, Event, Observer, RequestRecord};
-use crate::telemetry::{Metrics, access};
+use crate::telemetry::{Metrics, Traces, access};
 use crate::tls::Profile;
 use crate::tls::record::{Direction, HandshakeRecord};
 
@@ -37,11 +37,12 @@ pub struct Node {
     _tasks: JoinSet<()>,
 }
 
-/// Metrics and access log, fed by the data path.
+/// Metrics, access log and traces, fed by the data path.
 #[derive(Debug)]
 struct Sight {
     metrics: Metrics,
     access_log: AtomicBool,
+    traces: Option<Traces>,
 }
 
 impl Observer for Sight {
@@ -74,6 +75,9 @@ impl Observer for Sight {
         if self.access_log.load(Ordering::Relaxed) {
             access::request(record);
         }
+        if let Some(traces) = &self.traces {
+            traces.send(record);
+        }
     }
     fn accept_failed(&self, _listener: &str, kind: &'static str) {
         self.metrics.accept_failed(kind);
@@ -95,7 +99,9 @@ impl Node {
         let profile = Profile::from_config(&config.tls).map_err(|error| error.to_string())?;
         let metrics = Metrics::new(&config.labels, config.telemetry.max_peers, profile.fips())
             .map_err(|error| format!("the metrics cannot be set up: {error}"))?;
-        let sight = Arc::new(Sight { metrics, access_log: config.telemetry.access_log.into() });
+        let traces = config.telemetry.traces.as_ref();
+        let traces = traces.map(|declared| metrics.traces(declared, &config.labels)).transpose()?;
+        let sight = Arc::new(Sight { metrics, access_log: config.telemetry.access_log.into(), traces });
         let observer = Arc::clone(&sight) as Arc<dyn Observer>;
         let proxy =
             Proxy::start(config, current.clone(), observer, clock, traffic.clone()).map_err(|e| e.to_string())?;
@@ -146,6 +152,13 @@ impl Node {
         self.sight.metrics.render().1
     }
 
+    /// Sends the spans that still wait, as far as that is done in five seconds. For the end, after a drain.
+    pub async fn flush(&self) {
+        if let Some(traces) = &self.sight.traces {
+            traces.flush().await;
+        }
+    }
+
     /// Takes a changed config, or says why not; then the old one goes on.
     ///
     /// # Errors
@@ -159,6 +172,7 @@ impl Node {
             ("threads", before.threads == config.threads),
             ("tls.svid_keys", before.tls.svid_keys == config.tls.svid_keys),
             ("telemetry.max_peers", before.telemetry.max_peers == config.telemetry.max_peers),
+            ("telemetry.traces", before.telemetry.traces == config.telemetry.traces),
             ("telemetry.log_format", before.telemetry.log_format == config.telemetry.log_format),
         ];
         let changed: Vec<_> = fixed.iter().filter(|(_, same)| !same).map(|(key, _)| *key).collect();
@@ -281,4 +295,67 @@ fn state(proxy: &Proxy, readiness: &Readiness) -> Value {
         "connections": { "open": proxy.registry().len(), "listed": connections },
         "config": proxy.config(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proxy::listener::Client;
+    use crate::proxy::record::{HttpVersion, RequestCause, TraceContext};
+    use std::time::{Duration, SystemTime};
+
+    #[test]
+    fn a_request_is_seen_in_every_way_that_is_configured() {
+        let hole = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let text = format!(
+            "identity: unix:///a\ninbound: [{{name: api, listen: '127.0.0.1:0', to: '127.0.0.1:1', allow: ['spiffe://td']}}]\n\
+             telemetry: {{traces: {{endpoint: 'http://{}', queue: 1, max_batch: 1}}}}",
+            hole.local_addr().unwrap()
+        );
+        let config = crate::config::parse(&text, "f.yaml").unwrap().config;
+        let metrics = Metrics::new(&config.labels, 10, false).unwrap();
+        let traces = metrics.traces(config.telemetry.traces.as_ref().unwrap(), &config.labels).unwrap();
+        let sight = Sight { metrics, access_log: false.into(), traces: Some(traces) };
+        let record = RequestRecord {
+            listener: "api".into(),
+            direction: Direction::Inbound,
+            client: Client::Unix,
+            peer: None,
+            local: None,
+            tls: None,
+            upstream: None,
+            rule: None,
+            route: "*".into(),
+            method: http::Method::GET,
+            host: "".into(),
+            path: "/".into(),
+            version: HttpVersion::Http11,
+            status: Some(200),
+            grpc_status: None,
+            bytes_sent: 0,
+            bytes_received: 0,
+            began: SystemTime::UNIX_EPOCH,
+            duration: Duration::ZERO,
+            attempts: 1,
+            cause: RequestCause::Done,
+            detail: String::new(),
+            trace: Some(TraceContext { trace_id: [1; 16], span_id: [1; 8], parent: None, sampled: true }),
+        };
+        let observer: &dyn Observer = &sight;
+        for _ in 0..10 {
+            observer.request_begun(Direction::Inbound);
+            observer.request(&record);
+        }
+        observer.event(Direction::Outbound, &"api".into(), Event::Retried);
+        let text = sight.metrics.render().1;
+        let value = |name: &str, has: &str| {
+            let line = text.lines().find(|line| line.starts_with(name) && line.contains(has)).unwrap();
+            line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
+        };
+        assert_eq!(value("portcullis_http_requests_total", "status_class=\"2xx\""), 10.0);
+        assert_eq!(value("portcullis_http_requests_in_flight", "inbound"), 0.0);
+        assert_eq!(value("portcullis_http_retries_total", "sent"), 1.0);
+        // One is on its way, one waits.
+        assert!(value("portcullis_spans_dropped_total", "queue_full") >= 8.0);
+    }
 }

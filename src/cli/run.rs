@@ -94,8 +94,13 @@ async fn serve(path: &Path, loaded: Loaded, log: &Log, traffic: tokio::runtime::
     let _draining = node.readiness().wait_for("drain");
     let timeout = node.proxy().config().drain_timeout.0;
     tracing::info!(open = node.proxy().registry().len(), timeout_seconds = timeout.as_secs_f64(), "draining");
+    let drained = async {
+        let left = node.proxy().drain(timeout).await;
+        node.flush().await;
+        left
+    };
     tokio::select! {
-        left = node.proxy().drain(timeout) => {
+        left = drained => {
             if left > 0 {
                 tracing::warn!(left, "the drain time was over; the rest was closed");
             }

@@ -90,7 +90,9 @@ fn the_reference_shows_every_option_and_its_true_default() {
     assert!(keys > 50);
     let of = |text: &str| crate::config::parse_with(text, "", &Default::default()).unwrap().config;
     let sidecar = std::fs::read_to_string(root("config/sidecar.yaml")).unwrap();
-    let (reference, sidecar) = (of(&text), of(&sidecar));
+    let (mut reference, sidecar) = (of(&text), of(&sidecar));
+    let traces = reference.telemetry.traces.take().unwrap();
+    assert_eq!(traces, serde_json::from_value(serde_json::json!({ "endpoint": traces.endpoint })).unwrap());
     assert_eq!(reference.tls, sidecar.tls);
     assert_eq!(reference.connections, sidecar.connections);
     assert_eq!(reference.admin, sidecar.admin);

@@ -51,7 +51,7 @@ pub struct Config {
     /// The address of metrics, probes and state.
     #[serde(default)]
     pub admin: Admin,
-    /// Logs and metrics.
+    /// Logs, metrics and traces.
     #[serde(default)]
     pub telemetry: Telemetry,
     /// How long open connections may go on after SIGTERM.
@@ -511,25 +511,82 @@ impl Default for Admin {
     }
 }
 
-/// Logs and metrics.
+/// Logs, metrics and traces.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Telemetry {
     /// How many peer identities get a series of their own in `portcullis_peer_info`; the rest share `other`.
     #[schemars(range(max = 10_000))]
     pub max_peers: usize,
-    /// One line per connection end.
+    /// One line when a connection ends, and one when a request does.
     pub access_log: bool,
     /// Form of all log lines.
     pub log_format: LogFormat,
     /// `error`, `warn`, `info`, `debug` or a filter such as `portcullis::proxy=debug,info`.
     pub log_level: String,
+    /// Where spans of requests go. Without it none are made, and headers of traces pass untouched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub traces: Option<Traces>,
 }
 
 impl Default for Telemetry {
     fn default() -> Self {
-        Self { max_peers: 100, access_log: true, log_format: LogFormat::Auto, log_level: "info".into() }
+        Self { max_peers: 100, access_log: true, log_format: LogFormat::Auto, log_level: "info".into(), traces: None }
     }
+}
+
+/// Spans of requests, sent to a collector by OTLP.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Traces {
+    /// The collector: `http://127.0.0.1:4317`, for `http` usually port 4318. Plaintext, so one on this machine, or behind
+    /// an outbound listener. Headers that it wants, such as a key, come from OTEL_EXPORTER_OTLP_HEADERS.
+    pub endpoint: String,
+    /// How OTLP is carried.
+    #[serde(default)]
+    pub protocol: TraceProtocol,
+    /// The share of requests that get a span, of those that come without a trace. Of others the caller decides.
+    #[serde(default = "trace_ratio")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub ratio: f64,
+    /// How long the collector may take over one batch before its spans are given up.
+    #[serde(default = "trace_timeout")]
+    pub timeout: Span,
+    /// How many spans may wait; more are dropped, and counted.
+    #[serde(default = "trace_queue")]
+    #[schemars(range(min = 1, max = 65_536))]
+    pub queue: usize,
+    /// The most spans in one batch.
+    #[serde(default = "trace_batch")]
+    #[schemars(range(min = 1, max = 65_536))]
+    pub max_batch: usize,
+}
+
+fn trace_ratio() -> f64 {
+    0.1
+}
+
+fn trace_timeout() -> Span {
+    Span::seconds(5)
+}
+
+fn trace_queue() -> usize {
+    2048
+}
+
+fn trace_batch() -> usize {
+    512
+}
+
+/// How OTLP is carried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum TraceProtocol {
+    /// gRPC.
+    #[default]
+    Grpc,
+    /// Protobuf over HTTP.
+    Http,
 }
 
 /// Form of log lines.

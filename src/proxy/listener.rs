@@ -20,6 +20,7 @@ use super::io::{Plain, tune};
 use super::http::Pool;
 use super::record::{Cause, Observer, RequestCause};
 use super::registry::{Entry, Registry};
+use super::trace::Sampler;
 use super::upstream::{HostPort, Target};
 use crate::clock::Clock;
 use crate::config::address;
@@ -40,6 +41,8 @@ pub struct Shared {
     pub clock: Clock,
     /// Places for connections, those in a handshake included.
     pub places: Arc<Semaphore>,
+    /// Which requests get a span.
+    pub tracing: Sampler,
 }
 
 impl fmt::Debug for Shared {

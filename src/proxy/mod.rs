@@ -15,6 +15,7 @@ pub mod proxy_protocol;
 pub mod record;
 pub mod registry;
 pub mod tcp;
+pub mod trace;
 pub mod upstream;
 
 pub use listener::{Inbound, InboundState, Listener, Outbound, OutboundState, Shared};

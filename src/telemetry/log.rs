@@ -17,6 +17,8 @@ use crate::config::schema::{LogFormat, Telemetry};
 
 /// Lines that may wait to be written.
 const QUEUE: usize = 4096;
+/// Bytes from which on waiting lines are left to the next write.
+const AT_ONCE: usize = 32 * 1024;
 /// The longest that [`Log::flush`] waits.
 const FLUSH: Duration = Duration::from_secs(1);
 
@@ -99,9 +101,27 @@ impl<'a> MakeWriter<'a> for Lines {
 
 fn write_all(lines: &Receiver<Message>, lost: &AtomicU64, form: Form, mut out: impl Write) {
     let mut told = 0;
+    let mut next = None;
     loop {
-        match lines.recv_timeout(Duration::from_secs(1)) {
-            Ok(Message::Line(line)) => drop(out.write_all(&line)),
+        let message = match next.take() {
+            Some(message) => Ok(message),
+            None => lines.recv_timeout(Duration::from_secs(1)),
+        };
+        match message {
+            Ok(Message::Line(mut text)) => {
+                // One system call for all that waits: under load it would otherwise cost more than the line.
+                while text.len() < AT_ONCE {
+                    match lines.try_recv() {
+                        Ok(Message::Line(line)) => text.extend(line),
+                        Ok(flush) => {
+                            next = Some(flush);
+                            break;
+                        }
+                        Err(_) => break,
+                    }
+                }
+                let _ = out.write_all(&text);
+            }
             Ok(Message::Flush(done)) => {
                 let _ = out.flush();
                 let _ = done.try_send(());
@@ -471,6 +491,38 @@ mod tests {
                 assert!(out.lines().all(|line| serde_json::from_str::<serde_json::Value>(line).is_ok()), "{out}");
             }
         }
+    }
+
+    #[test]
+    fn lines_that_wait_are_written_at_once_and_in_order() {
+        struct Writes(Vec<Vec<u8>>);
+        impl Write for Writes {
+            fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+                self.0.push(text.to_vec());
+                Ok(text.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                self.0.push(b"flushed".to_vec());
+                Ok(())
+            }
+        }
+        let (queue, waiting) = sync_channel(100);
+        let (done, flushed) = sync_channel(1);
+        let long = vec![b'x'; AT_ONCE];
+        for message in [
+            Message::Line(b"1\n".to_vec()),
+            Message::Line(b"2\n".to_vec()),
+            Message::Flush(done),
+            Message::Line(long.clone()),
+            Message::Line(b"3\n".to_vec()),
+        ] {
+            queue.try_send(message).ok().unwrap();
+        }
+        drop(queue);
+        let mut writes = Writes(Vec::new());
+        write_all(&waiting, &AtomicU64::new(0), TEXT, &mut writes);
+        assert_eq!(writes.0, [b"1\n2\n".to_vec(), b"flushed".to_vec(), long, b"3\n".to_vec()]);
+        flushed.try_recv().unwrap();
     }
 
     #[test]

@@ -18,7 +18,8 @@ use prometheus::{
 use self::http::Http;
 use super::places::Places;
 use super::process::{Process, unix_now};
-use crate::config::schema::{Labels, PolicyMode};
+use super::traces::{self, Traces};
+use crate::config::schema::{self, Labels, PolicyMode};
 use crate::identity::keeper::{Counters, Current, SvidState};
 use crate::policy::{Decision, Verdict};
 use crate::proxy::record::{Cause, ConnectionRecord, Event, RequestRecord};
@@ -69,6 +70,7 @@ pub struct Metrics {
     reloaded: Gauge,
     chains: IntCounterVec,
     http: Http,
+    spans: traces::Counts,
     process: Process,
     handshakes_in_progress: IntGaugeVec,
     log_lines_lost: IntCounterVec,
@@ -210,6 +212,7 @@ impl Metrics {
                 &["result"],
             )?,
             http: Http::new(&registry)?,
+            spans: traces::Counts::new(&registry)?,
             process: Process::new(&registry)?,
             handshakes_in_progress: gauges(
                 "tls_handshakes_in_progress",
@@ -331,6 +334,14 @@ impl Metrics {
     /// A request ended.
     pub fn request(&self, record: &RequestRecord) {
         self.http.ended(record, Instant::now());
+    }
+
+    /// Starts sending spans; what becomes of them is counted here.
+    ///
+    /// # Errors
+    /// The endpoint cannot be used, or there can be no thread; in words.
+    pub fn traces(&self, declared: &schema::Traces, labels: &Labels) -> Result<Traces, String> {
+        Traces::start(declared, labels, self.spans.clone())
     }
 
     /// Something happened that is no end of anything.

@@ -418,3 +418,46 @@ fn requests_are_spoken_of_only_where_they_can_be_seen() {
     let said = errors(&format!("{IDENTITY}{options}"));
     assert!(said.contains("options of HTTP on a listener that carries bytes; add `protocol: http`"), "{said}");
 }
+
+#[test]
+fn where_spans_go_is_judged_before_any_is_sent() {
+    let traces = |text: &str| format!("telemetry: {{traces: {{{text}}}}}");
+    for (text, expected) in [
+        ("", "'endpoint' is missing"),
+        (
+            "endpoint: 'https://127.0.0.1:4317'",
+            "this is not a plain URL of a collector; write such as http://127.0.0.1:4317",
+        ),
+        ("endpoint: '127.0.0.1:4317'", "not a plain URL"),
+        ("endpoint: 'http://127.0.0.1'", "no port"),
+        ("endpoint: 'http://user@127.0.0.1:4317'", "write such as"),
+        ("endpoint: 'http://127.0.0.1:4317/v1/traces'", "gRPC has no path"),
+        (
+            "protocol: http, endpoint: 'http://127.0.0.1:4318/v1?key=secret'",
+            "not a URL; write such as http://127.0.0.1:4318",
+        ),
+        ("protocol: thrift, endpoint: 'http://127.0.0.1:4317'", "thrift"),
+        ("ratio: 1.5, endpoint: 'http://127.0.0.1:4317'", "1.5 is not a share"),
+        ("ratio: -0.1, endpoint: 'http://127.0.0.1:4317'", "-0.1 is not a share"),
+        ("ratio: .nan, endpoint: 'http://127.0.0.1:4317'", "is not a share"),
+        ("queue: 0, endpoint: 'http://127.0.0.1:4317'", "0 is not a limit"),
+        ("max_batch: 100000, endpoint: 'http://127.0.0.1:4317'", "100000 is too much"),
+        ("timeout: 0s, endpoint: 'http://127.0.0.1:4317'", "a time of 0"),
+    ] {
+        let errors = below(&traces(text));
+        assert!(errors.contains(expected), "{text}: {errors}");
+    }
+    for local in
+        ["'http://127.0.0.1:4317'", "'http://[::1]:4317/'", "'http://localhost:4318/v1/traces', protocol: http"]
+    {
+        assert_eq!(warnings(&traces(&format!("endpoint: {local}"))), [""; 0], "{local}");
+    }
+    let warned = warnings(&traces("endpoint: 'http://collector.example:4317'"));
+    assert!(matches!(warned.as_slice(), [one] if one.contains("another machine in plaintext")), "{warned:?}");
+    let config = read(&format!("{IDENTITY}{INBOUND}{}", traces("endpoint: 'http://127.0.0.1:4317'"))).unwrap().config;
+    let declared = config.telemetry.traces.unwrap();
+    assert_eq!(
+        (declared.ratio, declared.timeout, declared.queue, declared.max_batch),
+        (0.1, Span::seconds(5), 2048, 512)
+    );
+}

@@ -3,14 +3,17 @@
 use std::time::Duration;
 
 use super::Checker;
+use crate::config::address::Target;
 use crate::config::positions::{Step, at};
-use crate::config::schema::{Config, ConnectionOverrides, Span};
+use crate::config::schema::{Config, ConnectionOverrides, Span, TraceProtocol, Traces};
 
 /// Longer than any process lives, short enough that no sum of times overflows.
 const LONGEST: Duration = Duration::from_secs(10 * 365 * 86_400);
 /// A registry of more would hurt the scraper long before it hurt us.
 const MAX_PEERS: usize = 10_000;
 const MAX_CONNECTIONS: usize = 1_000_000;
+/// Spans that wait take about a kilobyte each, eight at the worst.
+const MAX_SPANS: usize = 65_536;
 
 pub(super) fn check(c: &mut Checker<'_>, config: &Config) {
     let Config { tls, connections, telemetry, labels, .. } = config;
@@ -56,6 +59,47 @@ pub(super) fn check(c: &mut Checker<'_>, config: &Config) {
             format!("this is not a log level or filter ({why}); write such as info or portcullis::proxy=debug,info");
         c.error(at!["telemetry", "log_level"], what);
     }
+    if let Some(traces) = &telemetry.traces {
+        check_traces(c, traces);
+    }
+}
+
+fn check_traces(c: &mut Checker<'_>, traces: &Traces) {
+    if !(0.0..=1.0).contains(&traces.ratio) {
+        c.error(at!["telemetry", "traces", "ratio"], format!("{} is not a share; write 0 to 1", traces.ratio));
+    }
+    time(c, at!["telemetry", "traces", "timeout"], Some(traces.timeout));
+    number(c, at!["telemetry", "traces", "queue"], Some(traces.queue), MAX_SPANS);
+    number(c, at!["telemetry", "traces", "max_batch"], Some(traces.max_batch), MAX_SPANS);
+    let at = at!["telemetry", "traces", "endpoint"];
+    match collector(traces) {
+        Ok(target) if target.is_local() => {}
+        Ok(_) => c.warn(
+            at,
+            "spans go to another machine in plaintext, and they tell who talks to whom; send them to a collector on this \
+             machine or through an outbound listener",
+        ),
+        Err(why) => c.error(at, why),
+    }
+}
+
+/// Where the collector is.
+fn collector(traces: &Traces) -> Result<Target, String> {
+    let example = match traces.protocol {
+        TraceProtocol::Grpc => "http://127.0.0.1:4317",
+        TraceProtocol::Http => "http://127.0.0.1:4318",
+    };
+    let Some(rest) = traces.endpoint.strip_prefix("http://") else {
+        return Err(format!("this is not a plain URL of a collector; write such as {example}"));
+    };
+    let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+    if traces.protocol == TraceProtocol::Grpc && !path.is_empty() {
+        return Err(format!("a collector that speaks gRPC has no path; write such as {example}"));
+    }
+    if traces.endpoint.parse::<http::Uri>().is_err() || path.contains(['?', '#']) {
+        return Err(format!("this is not a URL; write such as {example}"));
+    }
+    Target::parse(authority).map_err(|why| format!("{why}; write such as {example}"))
 }
 
 fn overrides(c: &mut Checker<'_>, section: &str, index: usize, over: &ConnectionOverrides) {

@@ -94,7 +94,7 @@ impl Incoming {
     ) -> Self {
         let facts = Arc::new(ConnectionFacts {
             source: peer.id().clone(),
-            destination: local.clone(),
+            destination: Some(local.clone()),
             tls: Some(crate::policy::http::TlsFacts {
                 version: negotiated.version,
                 cipher_suite: negotiated.cipher_suite,

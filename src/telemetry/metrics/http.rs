@@ -42,14 +42,14 @@ type Requests = (IntCounter, Histogram);
 #[derive(Debug)]
 struct Route {
     /// By direction, method and status class.
-    requests: [OnceLock<Requests>; DIRECTIONS.len() * METHODS.len() * CLASSES.len()],
+    requests: Box<[OnceLock<Requests>; DIRECTIONS.len() * METHODS.len() * CLASSES.len()]>,
     /// By direction and gRPC status.
-    grpc: [OnceLock<IntCounter>; DIRECTIONS.len() * GRPC.len()],
+    grpc: Box<[OnceLock<IntCounter>; DIRECTIONS.len() * GRPC.len()]>,
 }
 
 impl Default for Route {
     fn default() -> Self {
-        Self { requests: [const { OnceLock::new() }; _], grpc: [const { OnceLock::new() }; _] }
+        Self { requests: Box::new([const { OnceLock::new() }; _]), grpc: Box::new([const { OnceLock::new() }; _]) }
     }
 }
 
@@ -59,7 +59,7 @@ pub(super) struct Http {
     requests: IntCounterVec,
     duration: HistogramVec,
     grpc: IntCounterVec,
-    routes: Places<Box<Route>>,
+    routes: Places<Route>,
     /// How many elements of `Route::requests` there are in all places.
     series: AtomicUsize,
     in_flight: [IntGauge; 2],
@@ -162,7 +162,7 @@ impl Http {
         }
         let (method, class) = (method(&record.method), class(record.status));
         let at = (direction * METHODS.len() + method) * CLASSES.len() + class;
-        let forget = |gone: &str, route: &Box<Route>| self.forget(gone, route);
+        let forget = |gone: &str, route: &Route| self.forget(gone, route);
         self.routes.visit(&record.route, true, now, forget, |name, route| {
             if let Some((count, duration)) = self.series(at, name, route) {
                 count.inc();
