@@ -5,6 +5,8 @@
 //! forget to. [`registry`] holds what is open, to be judged again whenever policy or trust change.
 
 mod connection;
+pub mod detect;
+pub mod http;
 mod inbound;
 mod io;
 pub mod listener;

@@ -1,0 +1,422 @@
+//! A guard against floods of HTTP/2 frames between a downstream and hyper's server.
+//!
+//! In: the bytes of a downstream, from the connection preface on. Out: the same bytes, as long as none of the kinds of
+//! frame below comes faster than its [`Rate`]. Only the nine bytes of frame headers (RFC 9113 section 4.1) are looked
+//! at. RFC 9113 section 10.5 names these attacks; h2 0.4.20 and hyper 1.12 bound some of them themselves.
+//!
+//! | flood | bounded by |
+//! |---|---|
+//! | empty DATA | h2: more than 100 without END_STREAM in a connection's life end it |
+//! | small DATA | h2: a budget that follows `initial_connection_window_size` (half of it, at least 25,600 bytes; each frame under 256 bytes costs what it lacks until it is read) |
+//! | CONTINUATION | h2: by count and size for each header block, from `max_header_list_size` |
+//! | HPACK bombs | h2: `max_header_list_size`, `header_table_size` |
+//! | streams opened | h2: `max_concurrent_streams`; refusals count into `max_local_error_reset_streams` |
+//! | frames on closed streams, malformed messages | h2: `max_local_error_reset_streams` |
+//! | RST_STREAM before hyper took the stream | h2: `max_pending_accept_reset_streams` |
+//! | RST_STREAM after that (rapid reset) | here: h2 has no limit, and each reset throws a request's work away |
+//! | SETTINGS | here: each is answered |
+//! | PING | here: each is answered |
+//! | PRIORITY | here: ignored by h2, for nothing |
+//! | WINDOW_UPDATE | here |
+//! | GOAWAY, PUSH_PROMISE, unknown types | here: h2 skips unknown ones in a loop that never yields |
+//! | answers not read | `max_send_buf_size`, `keep_alive_interval` and `keep_alive_timeout` |
+//!
+//! So the server is to set `max_concurrent_streams`, `max_header_list_size`, `header_table_size`, `max_frame_size`,
+//! `initial_stream_window_size`, `initial_connection_window_size` (a budget for small DATA comes with it; hyper does
+//! not hand on h2's own knob), `max_pending_accept_reset_streams`, `max_local_error_reset_streams`,
+//! `max_send_buf_size`, and `keep_alive_interval` and `keep_alive_timeout` with a `timer`.
+//!
+//! A peer that reads much has a right to more PING (it measures the path by them), WINDOW_UPDATE and RST_STREAM, so
+//! bytes written to it earn these. When a rate is exceeded, h2 gets the start of a header block that never ends instead
+//! of the frame: it says GOAWAY with ENHANCE_YOUR_CALM and ends the connection, its own defence against CONTINUATION
+//! floods. Should it ask for more nevertheless, the read fails with a [`Flood`].
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Instant;
+
+use crate::proxy::detect::PREFACE;
+
+const HEADER: usize = 9;
+/// HEADERS without END_HEADERS on stream 1, then CONTINUATION frames without an end.
+const BLOCK_START: [u8; HEADER] = [0, 0, 0, 1, 0, 0, 0, 0, 1];
+const BLOCK_MORE: [u8; HEADER] = [0, 0, 0, 9, 0, 0, 0, 0, 1];
+
+/// How many frames may come: `per_second` in the long run, `burst` at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// In frames per second.
+    pub per_second: u32,
+    /// In frames.
+    pub burst: u32,
+}
+
+/// The rates of one connection.
+#[derive(Clone, Copy, Debug)]
+pub struct FrameLimits {
+    /// SETTINGS, acknowledgements too.
+    pub settings: Rate,
+    /// PING, answers too. 64 bytes written earn one more.
+    pub ping: Rate,
+    /// PRIORITY.
+    pub priority: Rate,
+    /// WINDOW_UPDATE. 32 bytes written earn one more.
+    pub window_update: Rate,
+    /// RST_STREAM. 1,024 bytes written earn one more.
+    pub rst_stream: Rate,
+    /// GOAWAY, PUSH_PROMISE and types that are not in RFC 9113.
+    pub other: Rate,
+}
+
+impl Default for FrameLimits {
+    fn default() -> Self {
+        Self {
+            settings: Rate { per_second: 5, burst: 20 },
+            ping: Rate { per_second: 200, burst: 1_000 },
+            priority: Rate { per_second: 500, burst: 2_000 },
+            window_update: Rate { per_second: 2_000, burst: 20_000 },
+            rst_stream: Rate { per_second: 200, burst: 1_000 },
+            other: Rate { per_second: 100, burst: 500 },
+        }
+    }
+}
+
+/// The kinds of frame that are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// SETTINGS.
+    Settings,
+    /// PING.
+    Ping,
+    /// PRIORITY.
+    Priority,
+    /// WINDOW_UPDATE.
+    WindowUpdate,
+    /// RST_STREAM.
+    RstStream,
+    /// GOAWAY, PUSH_PROMISE and types that are not in RFC 9113.
+    Other,
+}
+
+impl Kind {
+    /// Its name, as in RFC 9113.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Settings => "SETTINGS",
+            Self::Ping => "PING",
+            Self::Priority => "PRIORITY",
+            Self::WindowUpdate => "WINDOW_UPDATE",
+            Self::RstStream => "RST_STREAM",
+            Self::Other => "other",
+        }
+    }
+
+    /// The kind that a type counts as (RFC 9113 section 6). None: bounded by h2.
+    fn of(number: u8) -> Option<Self> {
+        match number {
+            // DATA, HEADERS and CONTINUATION.
+            0 | 1 | 9 => None,
+            2 => Some(Self::Priority),
+            3 => Some(Self::RstStream),
+            4 => Some(Self::Settings),
+            6 => Some(Self::Ping),
+            8 => Some(Self::WindowUpdate),
+            _ => Some(Self::Other),
+        }
+    }
+}
+
+/// A peer sent more frames of a kind than its rate allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flood {
+    /// Of which kind.
+    pub kind: Kind,
+}
+
+impl fmt::Display for Flood {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "flood of HTTP/2 frames: {}", self.kind.as_str())
+    }
+}
+
+impl Error for Flood {}
+
+/// Tells whether a guard ended its connection. Clones are the same handle.
+#[derive(Clone, Debug, Default)]
+pub struct FloodHandle(Arc<OnceLock<Flood>>);
+
+impl FloodHandle {
+    /// The flood that ended the connection.
+    pub fn flood(&self) -> Option<Flood> {
+        self.0.get().copied()
+    }
+}
+
+/// Tokens that come back with time.
+#[derive(Debug)]
+struct Bucket {
+    rate: Rate,
+    /// In thousand millionths of a token.
+    level: u64,
+    at: Instant,
+}
+
+impl Bucket {
+    const TOKEN: u64 = 1_000_000_000;
+
+    fn new(rate: Rate, now: Instant) -> Self {
+        Self { rate, level: Self::full(rate), at: now }
+    }
+
+    fn full(rate: Rate) -> u64 {
+        u64::from(rate.burst) * Self::TOKEN
+    }
+
+    fn add(&mut self, level: u64) {
+        self.level = self.level.saturating_add(level).min(Self::full(self.rate));
+    }
+
+    /// So many tokens from bytes written.
+    fn earn(&mut self, bytes: u64, each: u64) {
+        self.add(bytes.saturating_mul(Self::TOKEN) / each);
+    }
+
+    /// Takes a token, if there is one.
+    fn take(&mut self, now: Instant) -> bool {
+        let passed = u64::try_from(now.saturating_duration_since(self.at).as_nanos()).unwrap_or(u64::MAX);
+        self.at = now;
+        self.add(passed.saturating_mul(u64::from(self.rate.per_second)));
+        match self.level.checked_sub(Self::TOKEN) {
+            Some(level) => {
+                self.level = level;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Buckets {
+    settings: Bucket,
+    ping: Bucket,
+    priority: Bucket,
+    window_update: Bucket,
+    rst_stream: Bucket,
+    other: Bucket,
+}
+
+impl Buckets {
+    fn new(limits: &FrameLimits) -> Self {
+        let now = Instant::now();
+        Self {
+            settings: Bucket::new(limits.settings, now),
+            ping: Bucket::new(limits.ping, now),
+            priority: Bucket::new(limits.priority, now),
+            window_update: Bucket::new(limits.window_update, now),
+            rst_stream: Bucket::new(limits.rst_stream, now),
+            other: Bucket::new(limits.other, now),
+        }
+    }
+
+    fn take(&mut self, kind: Kind) -> bool {
+        let bucket = match kind {
+            Kind::Settings => &mut self.settings,
+            Kind::Ping => &mut self.ping,
+            Kind::Priority => &mut self.priority,
+            Kind::WindowUpdate => &mut self.window_update,
+            Kind::RstStream => &mut self.rst_stream,
+            Kind::Other => &mut self.other,
+        };
+        bucket.take(Instant::now())
+    }
+
+    fn earn(&mut self, written: usize) {
+        let written = u64::try_from(written).unwrap_or(u64::MAX);
+        self.ping.earn(written, 64);
+        self.window_update.earn(written, 32);
+        self.rst_stream.earn(written, 1024);
+    }
+}
+
+/// The guard, around a downstream. Reads are counted, writes go through.
+#[derive(Debug)]
+pub struct H2Guard<S> {
+    io: S,
+    buckets: Buckets,
+    handle: FloodHandle,
+    /// Bytes to come before the next frame header.
+    payload: usize,
+    /// A frame header that came in parts, and how much of it is here.
+    header: [u8; HEADER],
+    length: usize,
+    /// So much of the whole header was given out again.
+    given: usize,
+    /// So many frames of the endless block were given out.
+    block: usize,
+    frames: usize,
+}
+
+impl<S> H2Guard<S> {
+    /// A guard for a server that is told `max_header_list_size` and `max_frame_size`, in bytes, and its handle.
+    pub fn new(io: S, limits: &FrameLimits, max_header_list_size: u32, max_frame_size: u32) -> (Self, FloodHandle) {
+        let handle = FloodHandle::default();
+        // More CONTINUATION frames than h2 takes: five quarters of what the largest header list needs, at least five.
+        let needed = usize::try_from(max_header_list_size / max_frame_size.max(1)).unwrap_or(usize::MAX);
+        let guard = Self {
+            io,
+            buckets: Buckets::new(limits),
+            handle: handle.clone(),
+            payload: PREFACE.len(),
+            header: [0; HEADER],
+            length: 0,
+            given: 0,
+            block: 0,
+            frames: needed.saturating_mul(2).saturating_add(8),
+        };
+        (guard, handle)
+    }
+
+    /// Counts a whole frame header. False: its kind comes too fast.
+    fn count(&mut self, header: [u8; HEADER]) -> bool {
+        let [high, middle, low, number, ..] = header;
+        let kind = Kind::of(number);
+        if let Some(kind) = kind
+            && !self.buckets.take(kind)
+        {
+            let _ = self.handle.0.set(Flood { kind });
+            return false;
+        }
+        self.payload = usize::try_from(u32::from_be_bytes([0, high, middle, low])).unwrap_or(usize::MAX);
+        true
+    }
+
+    /// Goes over what was just read. Returns how much of it may pass; a part of a header stays here.
+    fn judge(&mut self, bytes: &[u8]) -> usize {
+        let mut at = 0;
+        loop {
+            let skipped = self.payload.min(bytes.len() - at);
+            self.payload -= skipped;
+            at += skipped;
+            let rest = bytes.get(at..).unwrap_or_default();
+            match rest.first_chunk() {
+                Some(header) => {
+                    if !self.count(*header) {
+                        return at;
+                    }
+                    at += HEADER;
+                }
+                None => {
+                    if let Some(start) = self.header.get_mut(..rest.len()) {
+                        start.copy_from_slice(rest);
+                    }
+                    self.length = rest.len();
+                    return at;
+                }
+            }
+        }
+    }
+
+    /// Puts the frames of a header block that never ends.
+    fn put_block(&mut self, flood: Flood, buf: &mut ReadBuf<'_>) -> io::Result<()> {
+        if self.block == self.frames * HEADER {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, flood));
+        }
+        while buf.remaining() > 0 && self.block < self.frames * HEADER {
+            let frame = if self.block < HEADER { BLOCK_START } else { BLOCK_MORE };
+            let rest = frame.get(self.block % HEADER..).unwrap_or_default();
+            let part = rest.get(..buf.remaining()).unwrap_or(rest);
+            buf.put_slice(part);
+            self.block += part.len();
+        }
+        Ok(())
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for H2Guard<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if buf.remaining() == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        loop {
+            if let Some(flood) = this.handle.flood() {
+                return Poll::Ready(this.put_block(flood, buf));
+            }
+            if this.length == HEADER {
+                let rest = this.header.get(this.given..).unwrap_or_default();
+                let part = rest.get(..buf.remaining()).unwrap_or(rest);
+                buf.put_slice(part);
+                this.given += part.len();
+                if this.given == HEADER {
+                    this.length = 0;
+                    this.given = 0;
+                }
+                return Poll::Ready(Ok(()));
+            }
+            if this.length > 0 {
+                // Only the rest of the header, so that nothing has to be put behind it.
+                let mut rest = ReadBuf::new(this.header.get_mut(this.length..).unwrap_or_default());
+                ready!(Pin::new(&mut this.io).poll_read(cx, &mut rest))?;
+                let read = rest.filled().len();
+                if read == 0 {
+                    return Poll::Ready(Ok(()));
+                }
+                this.length += read;
+                if this.length == HEADER {
+                    let header = this.header;
+                    this.count(header);
+                }
+                continue;
+            }
+            ready!(Pin::new(&mut this.io).poll_read(cx, buf))?;
+            let read = buf.filled().get(before..).unwrap_or_default();
+            if read.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            let passed = this.judge(read);
+            buf.set_filled(before + passed);
+            if passed > 0 {
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for H2Guard<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = ready!(Pin::new(&mut this.io).poll_write(cx, buf))?;
+        this.buckets.earn(written);
+        Poll::Ready(Ok(written))
+    }
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = ready!(Pin::new(&mut this.io).poll_write_vectored(cx, bufs))?;
+        this.buckets.earn(written);
+        Poll::Ready(Ok(written))
+    }
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().io).poll_flush(cx)
+    }
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests;
