@@ -184,7 +184,7 @@ impl Bucket {
 
     /// So many tokens from bytes written.
     fn earn(&mut self, bytes: u64, each: u64) {
-        self.add(bytes.saturating_mul(Self::TOKEN / each));
+        self.add(bytes.saturating_mul(Self::TOKEN) / each);
     }
 
     /// Takes a token, if there is one.

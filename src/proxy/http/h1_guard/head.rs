@@ -214,7 +214,7 @@ fn content_length(value: &[u8]) -> Option<u64> {
 /// Judges a target's form (RFC 9112 section 3.2) and finds its authority. What a path may hold is not decided here,
 /// only that it is visible ASCII without a fragment and without what hyper's URI would refuse unseen by its service.
 fn target_authority(method: &[u8], target: &[u8]) -> Result<Option<Range<usize>>, &'static str> {
-    let bad = |byte: &u8| !byte.is_ascii_graphic() || matches!(byte, b'#' | b'<' | b'>' | b'`');
+    let bad = |byte: &u8| !byte.is_ascii_graphic() || matches!(byte, b'#' | b'"' | b'<' | b'>' | b'`');
     if target.is_empty() || target.iter().any(bad) {
         return Err("invalid byte in the request target");
     }

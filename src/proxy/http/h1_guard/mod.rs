@@ -17,25 +17,25 @@
 //! the guard keeps both times: [`GuardLimits::header_timeout`] ends in a 408, [`GuardLimits::idle_timeout`] in an
 //! orderly end. How long a body takes is not judged here.
 
+mod handle;
 mod head;
 mod scan;
 #[cfg(test)]
 mod tests;
 
-use std::error::Error;
-use std::fmt;
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use atomic_waker::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use handle::Shared;
 use scan::{Scanner, Step};
+
+pub use handle::{FramingError, GuardHandle, Refusal, Ticket};
 
 /// What the library reads in place of a refused head.
 const STAND_IN: &[u8] = b"GET / HTTP/1.1\r\nhost: refused\r\nconnection: close\r\n\r\n";
@@ -73,137 +73,6 @@ impl Default for GuardLimits {
             header_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(120),
         }
-    }
-}
-
-/// How a request is to be refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// 400, 408, 414, 431 or 505.
-    pub status: u16,
-    /// Why, in words that hold nothing of the request.
-    pub reason: &'static str,
-}
-
-impl Refusal {
-    const fn bad(reason: &'static str) -> Self {
-        Self { status: 400, reason }
-    }
-}
-
-/// A request's body broke its framing. The reads of the connection fail with it, in an [`io::Error`] of kind
-/// `InvalidData`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FramingError {
-    /// Why, in words that hold nothing of the request.
-    pub reason: &'static str,
-}
-
-impl FramingError {
-    /// Finds it among the causes of another error, such as the one of a body.
-    pub fn find(error: &(dyn Error + 'static)) -> Option<Self> {
-        let mut next = Some(error);
-        while let Some(error) = next {
-            let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-            let found = error.downcast_ref().or_else(|| inner.and_then(|inner| inner.downcast_ref()));
-            if let Some(found) = found {
-                return Some(*found);
-            }
-            next = error.source();
-        }
-        None
-    }
-}
-
-impl fmt::Display for FramingError {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "bad framing of a request body: {}", self.reason)
-    }
-}
-
-impl Error for FramingError {}
-
-/// What a guard and the service of its connection tell each other. Requests count from 1.
-#[derive(Debug)]
-struct Shared {
-    /// Tickets given.
-    given: AtomicU64,
-    /// The last request that is over.
-    finished: AtomicU64,
-    /// When it was over, in microseconds since `began`.
-    finished_at: AtomicU64,
-    /// The last request that is known to stay a request.
-    plain: AtomicU64,
-    /// The request that became a tunnel, or 0.
-    tunnel: AtomicU64,
-    refused: OnceLock<(u64, Refusal)>,
-    waker: AtomicWaker,
-    began: Instant,
-}
-
-impl Shared {
-    fn refusal(&self, nth: u64) -> Option<Refusal> {
-        self.refused.get().filter(|(at, _)| *at == nth).map(|(_, refusal)| *refusal)
-    }
-}
-
-/// The service's end of a guard. Clones are the same handle.
-#[derive(Clone, Debug)]
-pub struct GuardHandle(Arc<Shared>);
-
-impl GuardHandle {
-    /// The ticket of the next request. The service takes one at the start of each call, in order.
-    pub fn next_request(&self) -> Ticket {
-        let nth = self.0.given.fetch_add(1, Ordering::AcqRel) + 1;
-        Ticket { nth, shared: Arc::clone(&self.0) }
-    }
-
-    /// How the `nth` request of the connection, counted from 1, is to be refused.
-    pub fn refusal(&self, nth: u64) -> Option<Refusal> {
-        self.0.refusal(nth)
-    }
-}
-
-/// One request on its way. Keep it until the response's body is dropped: the drop is how the guard learns that the
-/// request is over, for the idle timeout and for what follows a request that could have become a tunnel.
-#[derive(Debug)]
-pub struct Ticket {
-    nth: u64,
-    shared: Arc<Shared>,
-}
-
-impl Ticket {
-    /// Which request of the connection it is, from 1.
-    pub fn nth(&self) -> u64 {
-        self.nth
-    }
-
-    /// Set when the head was bad. The request at hand is then a stand-in: answer it with this status and forward
-    /// nothing.
-    pub fn refusal(&self) -> Option<Refusal> {
-        self.shared.refusal(self.nth)
-    }
-
-    /// The request becomes a tunnel: what follows it passes unwatched. To be said before the response is returned.
-    /// Without effect on a request that neither is a CONNECT nor has an Upgrade.
-    pub fn tunnel(&self) {
-        self.shared.tunnel.store(self.nth, Ordering::Release);
-        self.shared.waker.wake();
-    }
-
-    /// The request stays a request, although it could have become a tunnel. The drop says the same, later.
-    pub fn not_tunnel(&self) {
-        self.shared.plain.fetch_max(self.nth, Ordering::AcqRel);
-        self.shared.waker.wake();
-    }
-}
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        let now = u64::try_from(self.shared.began.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.shared.finished_at.store(now, Ordering::Release);
-        self.shared.finished.fetch_max(self.nth, Ordering::AcqRel);
-        self.not_tunnel();
     }
 }
 
@@ -245,16 +114,7 @@ enum Wait {
 impl<S> H1Guard<S> {
     /// A guard and its handle.
     pub fn new(io: S, limits: GuardLimits) -> (Self, GuardHandle) {
-        let shared = Arc::new(Shared {
-            given: AtomicU64::new(0),
-            finished: AtomicU64::new(0),
-            finished_at: AtomicU64::new(0),
-            plain: AtomicU64::new(0),
-            tunnel: AtomicU64::new(0),
-            refused: OnceLock::new(),
-            waker: AtomicWaker::new(),
-            began: Instant::now(),
-        });
+        let shared = Arc::new(Shared::new());
         let guard = Self {
             io,
             shared: Arc::clone(&shared),
@@ -268,7 +128,7 @@ impl<S> H1Guard<S> {
             head_since: None,
             timer: None,
         };
-        (guard, GuardHandle(shared))
+        (guard, GuardHandle::new(shared))
     }
 
     /// The downstream, and what was read from it and not given out. For a tunnel: these bytes are its first.
@@ -283,7 +143,7 @@ impl<S> H1Guard<S> {
     }
 
     fn refuse(&mut self, refusal: Refusal) {
-        let _ = self.shared.refused.set((self.scanner.heads() + 1, refusal));
+        self.shared.refuse(self.scanner.heads() + 1, refusal);
         self.end = End::Refused(0);
     }
 
@@ -354,11 +214,10 @@ impl<S> H1Guard<S> {
             Wait::Head(since.checked_add(self.header_timeout))
         } else if !self.scanner.in_head() {
             Wait::Unlimited
-        } else if self.shared.finished.load(Ordering::Acquire) < self.scanner.heads() {
+        } else if self.shared.finished() < self.scanner.heads() {
             Wait::Busy(Instant::now().checked_add(self.idle_timeout))
         } else {
-            let since = Duration::from_micros(self.shared.finished_at.load(Ordering::Acquire));
-            Wait::Idle(self.shared.began.checked_add(since).and_then(|since| since.checked_add(self.idle_timeout)))
+            Wait::Idle(self.shared.idle_since().and_then(|since| since.checked_add(self.idle_timeout)))
         }
     }
 
@@ -392,12 +251,7 @@ impl<S> H1Guard<S> {
 
     /// Asks whether the request that holds everything up became a tunnel.
     fn poll_held(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.shared.waker.register(cx.waker());
-        let nth = self.scanner.heads();
-        let tunnel = self.shared.tunnel.load(Ordering::Acquire) == nth;
-        if !tunnel && self.shared.plain.load(Ordering::Acquire) < nth {
-            return Poll::Pending;
-        }
+        let tunnel = ready!(self.shared.poll_verdict(self.scanner.heads(), cx));
         self.scanner.release(tunnel);
         self.judge_held();
         Poll::Ready(())

@@ -5,6 +5,7 @@ use std::task::Waker;
 
 use super::*;
 
+mod naive;
 mod served;
 
 /// Gives out its pieces, one for each read, and then the end.
@@ -56,10 +57,11 @@ fn pass<'a>(pieces: impl IntoIterator<Item = &'a [u8]>, room: usize, limits: Gua
                 return (passed, Ending::Broken(FramingError::find(&error).unwrap().reason));
             }
             Poll::Pending => {
-                let Some((nth, refusal)) = handle.0.refused.get() else { return (passed, Ending::Held) };
+                let refused = (1..100).find_map(|nth| Some((nth, handle.refusal(nth)?)));
+                let Some((nth, refusal)) = refused else { return (passed, Ending::Held) };
                 let length = passed.len() - STAND_IN.len();
                 assert_eq!(passed.split_off(length), STAND_IN);
-                return (passed, Ending::Refused(*nth, *refusal));
+                return (passed, Ending::Refused(nth, refusal));
             }
         }
     }
@@ -125,7 +127,10 @@ fn bad_heads_are_refused() {
                 "\u{16}\u{3}\u{1}\u{2}",
             ],
         ),
-        ("request line without a version", &["GET /\r\n", "GET /\r\nhost: a\r\n\r\n", "GET /\tHTTP/1.1\r\nhost: a\r\n\r\n"]),
+        (
+            "request line without a version",
+            &["GET /\r\n", "GET /\r\nhost: a\r\n\r\n", "GET /\tHTTP/1.1\r\nhost: a\r\n\r\n"],
+        ),
         (
             "invalid version",
             &[
@@ -193,7 +198,10 @@ fn bad_heads_are_refused() {
                 "CONNECT http://a:1 HTTP/1.1\r\nhost: a:1\r\n\r\n",
             ],
         ),
-        ("CONNECT without a port", &["CONNECT a HTTP/1.1\r\nhost: a\r\n\r\n", "CONNECT [::1] HTTP/1.1\r\nhost: a\r\n\r\n"]),
+        (
+            "CONNECT without a port",
+            &["CONNECT a HTTP/1.1\r\nhost: a\r\n\r\n", "CONNECT [::1] HTTP/1.1\r\nhost: a\r\n\r\n"],
+        ),
         (
             "CONNECT with a body",
             &[
@@ -225,7 +233,11 @@ fn bad_heads_are_refused() {
         ),
         (
             "obsolete line folding",
-            &["GET / HTTP/1.1\r\nhost: a\r\nx: a\r\n b\r\n\r\n", "GET / HTTP/1.1\r\n host: a\r\n\r\n", "GET / HTTP/1.1\r\nhost: a\r\n\t\r\n\r\n"],
+            &[
+                "GET / HTTP/1.1\r\nhost: a\r\nx: a\r\n b\r\n\r\n",
+                "GET / HTTP/1.1\r\n host: a\r\n\r\n",
+                "GET / HTTP/1.1\r\nhost: a\r\n\t\r\n\r\n",
+            ],
         ),
         (
             "white space before the colon",
@@ -334,9 +346,14 @@ fn bad_heads_are_refused() {
         ),
         (
             "more than one Transfer-Encoding",
-            &["POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"],
+            &[
+                "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+            ],
         ),
-        ("Transfer-Encoding in HTTP/1.0", &["POST / HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"]),
+        (
+            "Transfer-Encoding in HTTP/1.0",
+            &["POST / HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"],
+        ),
     ];
     for (reason, heads) in table {
         for head in *heads {
@@ -374,25 +391,32 @@ fn what_is_too_large_is_refused_as_such() {
     fails(format!("{}\r\n{host}{}\r\n", line(40), "x: y\r\n".repeat(4)).as_bytes(), 431, SMALL);
     // Limits that no byte can keep, and ones without an end, are no special case.
     let none = GuardLimits { max_request_line: 0, max_headers: 0, max_header_bytes: 0, ..SMALL };
-    assert_eq!(pass_cut(b"GET / HTTP/1.1\r\n", none).1, Ending::Refused(1, Refusal { status: 414, reason: "request line too long" }));
+    assert_eq!(
+        pass_cut(b"GET / HTTP/1.1\r\n", none).1,
+        Ending::Refused(1, Refusal { status: 414, reason: "request line too long" })
+    );
     let all = GuardLimits { max_request_line: usize::MAX, max_header_bytes: usize::MAX, ..SMALL };
     assert_eq!(pass_cut(good.as_bytes(), all), (good.clone().into_bytes(), Ending::Closed));
 }
 
 #[test]
 fn what_passes_is_a_target_to_hyper_too() {
+    let mut refused_by_hyper_only = Vec::new();
     for byte in 0u8..=255 {
         for start in ["/", "/?", "/a/b", "/a?b", "http://a/", "http://a?", "http://a/?"] {
             let target = [start.as_bytes(), &[byte], b"z"].concat();
             let request = [b"GET ", &target[..], b" HTTP/1.1\r\nhost: a\r\n\r\n"].concat();
             let passed = pass([&request[..]], 1000, GuardLimits::default()).1 == Ending::Closed;
             let parsed = hyper::http::Uri::try_from(&target[..]).is_ok();
-            assert!(parsed || !passed, "{}", target.escape_ascii());
+            if passed && !parsed {
+                refused_by_hyper_only.push(target.escape_ascii().to_string());
+            }
             // In the path and the query, what RFC 3986 allows passes.
             let allowed = byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@/%?".contains(&byte);
             assert!(passed || !allowed, "{}", target.escape_ascii());
         }
     }
+    assert!(refused_by_hyper_only.is_empty(), "{refused_by_hyper_only:?}");
 }
 
 /// Good requests of every kind. None of them ends what the guard watches.
@@ -402,7 +426,7 @@ const GOOD: &[&str] = &[
     "GET / HTTP/1.0\r\n\r\n",
     "GET / HTTP/1.0\r\nupgrade: x\r\n\r\n",
     "OPTIONS * HTTP/1.1\r\nHOST: \t a_b-c.~ \t\r\n\r\n",
-    "GET /a?b=c/?%00;|{}\"^\\ HTTP/1.1\r\nhost: [2001:db8::1]:443\r\n\r\n",
+    "GET /a?b=c/?%00;|{}^\\ HTTP/1.1\r\nhost: [2001:db8::1]:443\r\n\r\n",
     "GET http://A.example HTTP/1.1\r\nhost: a.EXAMPLE\r\n\r\n",
     "GET HTTPS://a:443?x HTTP/1.1\r\nhost: a:443\r\n\r\n",
     "GET http://a/x HTTP/1.0\r\n\r\n",
@@ -422,7 +446,7 @@ fn good_requests_pass_byte_for_byte() {
     let head = "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n";
     let data = "\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n\0";
     let chunked = format!("{head}00{:X};n;m=\"v; w\"\r\n{data}\r\n0;x\r\nx-sum: 1\r\nY:\r\n\r\n", data.len());
-    for good in GOOD.iter().copied().chain([&chunked[..]]) {
+    for good in GOOD.iter().copied().chain([chunked.as_str()]) {
         let good = good.as_bytes().to_vec();
         assert_eq!(pass_cut(&good, GuardLimits::default()), (good.clone(), Ending::Closed), "{}", good.escape_ascii());
         // One after the other, with a bad one at the end.
@@ -468,7 +492,11 @@ fn broken_bodies_end_the_reading() {
         ("0\r\n", "field line without a colon", &["GET\r\n\r\n"]),
         ("0\r\n", "invalid field name", &["\r \r\n\r\n"]),
         ("0\r\n", "too many trailer fields", &["a: b\r\na: b\r\na: b\r\n\r\n"]),
-        ("0\r\n", "trailer section too large", &["a: 0123456789012345678901234567890123\r\n\r\n", "0123456789012345678901234567890123456789"]),
+        (
+            "0\r\n",
+            "trailer section too large",
+            &["a: 0123456789012345678901234567890123\r\n\r\n", "0123456789012345678901234567890123456789"],
+        ),
         (
             "0\r\n",
             "forbidden trailer field",
@@ -495,7 +523,8 @@ fn broken_bodies_end_the_reading() {
     }
     // The largest of everything passes.
     let limits = GuardLimits { max_header_bytes: 1000, ..SMALL };
-    let good = format!("{head}5;a123456789\r\nhello\r\n0\r\na: 01234567890123456789012345678\r\nb:\r\n\r\n").into_bytes();
+    let good =
+        format!("{head}5;a123456789\r\nhello\r\n0\r\na: 01234567890123456789012345678\r\nb:\r\n\r\n").into_bytes();
     assert_eq!(pass_cut(&good, limits), (good.clone(), Ending::Closed));
     let huge = format!("{head}7fffffffffffffff\r\nhello").into_bytes();
     assert_eq!(pass_cut(&huge, limits), (huge.clone(), Ending::Closed));
