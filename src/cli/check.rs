@@ -92,16 +92,24 @@ fn inbound(listener: &Inbound, config: &Config) -> String {
         let rules = config.policy.rules.iter();
         rules
             .filter(|rule| rule.action == action && rule.mode == PolicyMode::Enforce && rule.applies_to(listener))
+            // Who is denied some requests is not shut out; where requests cannot be seen, they are, and let in by none.
+            .filter(|rule| rule.http.is_empty() || (action == Action::Allow) == listener.protocol.carries_http())
             .flat_map(|rule| rule.from.iter().map(|pattern| pattern.as_str()))
             .collect()
     };
     let mut allowed: Vec<&str> = listener.allow.iter().map(|pattern| pattern.as_str()).collect();
-    allowed.extend(said_by(Action::Allow));
+    for pattern in said_by(Action::Allow) {
+        if !allowed.contains(&pattern) {
+            allowed.push(pattern);
+        }
+    }
     let denied = said_by(Action::Deny);
     let who = if allowed.is_empty() { "nobody".to_owned() } else { some(&allowed) };
     let but = if denied.is_empty() { String::new() } else { format!(" but not {}", some(&denied)) };
     let legacy = if listener.legacy_tls12 { " (TLS 1.2 too)" } else { "" };
-    format!("inbound {}: mTLS on {}{legacy} → {}, for {who}{but}", listener.name, listener.listen, listener.to)
+    let ruled = config.policy.rules.iter().any(|rule| rule.applies_to(listener) && !rule.http.is_empty());
+    let judged = if ruled && listener.protocol.carries_http() { "; HTTP, some requests only" } else { "" };
+    format!("inbound {}: mTLS on {}{legacy} → {}, for {who}{but}{judged}", listener.name, listener.listen, listener.to)
 }
 
 /// The first few, and how many more.
