@@ -11,7 +11,7 @@ use portcullis::config::schema::{Config, PostQuantum, SvidKeys, TlsConfig};
 use portcullis::identity::keeper::Current;
 use portcullis::identity::{Identity, Svid, TrustBundles, TrustDomain};
 use portcullis::policy::{Decision, Expected, Policy};
-use portcullis::proxy::record::{ConnectionRecord, Event, Observer, RequestRecord};
+use portcullis::proxy::record::{Carries, ConnectionRecord, Event, Observer, RequestRecord};
 use portcullis::tls::record::{Direction, HandshakeRecord};
 use portcullis::tls::{ClientTls, Profile, ServerTls, Trust};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -218,8 +218,8 @@ struct Blind;
 impl Observer for Blind {
     fn handshake(&self, _: &HandshakeRecord) {}
     fn decision(&self, _: Direction, _: &Decision) {}
-    fn opened(&self, _: Direction) {}
-    fn moved(&self, _: Direction, _: u64, _: u64) {}
+    fn opened(&self, _: Direction, _: Carries) {}
+    fn moved(&self, _: Direction, _: Carries, _: u64, _: u64) {}
     fn closed(&self, _: &ConnectionRecord) {}
     fn accept_failed(&self, _: &str, _: &'static str) {}
     fn event(&self, _: Direction, _: &Arc<str>, _: Event) {}

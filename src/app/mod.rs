@@ -20,8 +20,8 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::clock::Clock;
 use crate::config::Config;
-use crate::config::schema::{self, Protocol};
 use crate::config::address;
+use crate::config::schema::{self, Protocol};
 use crate::identity::Identity;
 use crate::identity::keeper::Current;
 use crate::policy::{Expected, Policy};

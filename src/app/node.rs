@@ -19,7 +19,7 @@ use crate::config::Config;
 use crate::identity::keeper::{Current, Keeper, KeeperOptions};
 use crate::identity::source::Source;
 use crate::policy::Decision;
-use crate::proxy::record::{ConnectionRecord, Event, Observer, RequestRecord};
+use crate::proxy::record::{Carries, ConnectionRecord, Event, Observer, RequestRecord};
 use crate::telemetry::{Metrics, Traces, access};
 use crate::tls::Profile;
 use crate::tls::record::{Direction, HandshakeRecord};
@@ -52,11 +52,11 @@ impl Observer for Sight {
     fn decision(&self, direction: Direction, decision: &Decision) {
         self.metrics.decision(direction, decision);
     }
-    fn opened(&self, direction: Direction) {
-        self.metrics.opened(direction);
+    fn opened(&self, direction: Direction, carries: Carries) {
+        self.metrics.opened(direction, carries);
     }
-    fn moved(&self, direction: Direction, sent: u64, received: u64) {
-        self.metrics.moved(direction, sent, received);
+    fn moved(&self, direction: Direction, carries: Carries, sent: u64, received: u64) {
+        self.metrics.moved(direction, carries, sent, received);
     }
     fn closed(&self, record: &ConnectionRecord) {
         self.metrics.closed(record);

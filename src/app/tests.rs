@@ -15,7 +15,7 @@ use crate::config::{Config, parse};
 use crate::identity::keeper::{Current, SvidState};
 use crate::identity::{Identity, Svid, TrustBundles, TrustDomain};
 use crate::policy::Decision;
-use crate::proxy::record::{Cause, ConnectionRecord, Event, Observer, RequestRecord};
+use crate::proxy::record::{Carries, Cause, ConnectionRecord, Event, Observer, RequestRecord};
 use crate::testing::{Issued, Spec, TestCa};
 use crate::tls::reason::Reason;
 use crate::tls::record::{Direction, HandshakeRecord};
@@ -38,8 +38,8 @@ impl Observer for Seen {
     fn decision(&self, direction: Direction, decision: &Decision) {
         self.decisions.lock().unwrap().push((direction, decision.clone()));
     }
-    fn opened(&self, _: Direction) {}
-    fn moved(&self, _: Direction, _: u64, _: u64) {}
+    fn opened(&self, _: Direction, _: Carries) {}
+    fn moved(&self, _: Direction, _: Carries, _: u64, _: u64) {}
     fn closed(&self, record: &ConnectionRecord) {
         let _ = self.closed.send(record.clone());
     }

@@ -92,17 +92,25 @@ fn inbound(listener: &Inbound, config: &Config) -> String {
         let rules = config.policy.rules.iter();
         rules
             .filter(|rule| rule.action == action && rule.mode == PolicyMode::Enforce && rule.applies_to(listener))
+            // Who is denied some requests is not shut out; where requests cannot be seen, they are, and let in by none.
+            .filter(|rule| rule.http.is_empty() || (action == Action::Allow) == listener.protocol.carries_http())
             .flat_map(|rule| rule.from.iter().map(|pattern| pattern.as_str()))
             .collect()
     };
     let mut allowed: Vec<&str> = listener.allow.iter().map(|pattern| pattern.as_str()).collect();
-    allowed.extend(said_by(Action::Allow));
+    for pattern in said_by(Action::Allow) {
+        if !allowed.contains(&pattern) {
+            allowed.push(pattern);
+        }
+    }
     let denied = said_by(Action::Deny);
     let who = if allowed.is_empty() { "nobody".to_owned() } else { some(&allowed) };
     let but = if denied.is_empty() { String::new() } else { format!(" but not {}", some(&denied)) };
     let legacy = if listener.legacy_tls12 { " (TLS 1.2 too)" } else { "" };
+    let ruled = config.policy.rules.iter().any(|rule| rule.applies_to(listener) && !rule.http.is_empty());
     let carries = match listener.protocol {
         Protocol::Tcp => "",
+        Protocol::Http if ruled => ", HTTP, some requests only",
         Protocol::Http => ", HTTP judged by request",
         Protocol::Detect => ", HTTP judged by request or bytes",
     };

@@ -1,12 +1,15 @@
 //! `portcullis demo`: everything on one machine with nothing set up.
 //!
-//! Owns a story in chapters: an authority, two workloads with a sidecar each, real traffic, those who are refused,
-//! rotation, a changed policy, and a closing table. In: how long. Out: lines for a person, and exit code 0 only if all
+//! Owns a story in chapters: an authority, workloads with a sidecar each, real traffic over TCP, HTTP and gRPC, those
+//! who are refused, rotation, a changed policy, and a closing table. In: how long. Out: lines for a person, and exit code 0 only if all
 //! that it shows was really seen. Sockets are on loopback, nothing is written to disk, and all of it goes with the
 //! process.
 
+mod clinic;
 mod intruders;
+mod journal;
 mod ledger;
+mod requests;
 mod scrape;
 mod screen;
 mod story;
@@ -22,6 +25,7 @@ use std::time::Duration;
 use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::{SignalKind, signal};
 
+use self::journal::Journal;
 use self::ledger::Ledger;
 use self::screen::{Screen, Style, Tone};
 use self::story::{Story, short};
@@ -48,9 +52,7 @@ pub struct DemoArgs {
 /// # Errors
 /// What it meant to show and could not.
 pub fn demo(args: &DemoArgs, streams: &mut Streams<'_>) -> Outcome {
-    if let Some(path) = &args.log {
-        log_to(path)?;
-    }
+    let journal = log_to(args.log.as_deref())?;
     let traffic = super::run::traffic_runtime(None)?;
     let control = Builder::new_multi_thread()
         .worker_threads(1)
@@ -59,17 +61,17 @@ pub fn demo(args: &DemoArgs, streams: &mut Streams<'_>) -> Outcome {
         .build()
         .map_err(Failure::new)?;
     let mut screen = Screen::new(streams.out, Style::of_stdout());
-    let outcome = control.block_on(show(args, &mut screen, traffic.handle()));
+    let outcome = control.block_on(show(args, &mut screen, &journal, traffic.handle()));
     traffic.shutdown_background();
     control.shutdown_background();
     outcome
 }
 
-fn log_to(path: &std::path::Path) -> Result<(), Failure> {
-    let name = path.display();
-    let file = std::fs::File::create(path).map_err(|error| Failure::new(format!("{name}: {error}")))?;
-    let log = tracing_subscriber::fmt().json().flatten_event(true).with_writer(std::sync::Mutex::new(file)).finish();
-    tracing::subscriber::set_global_default(log).map_err(Failure::new)
+fn log_to(path: Option<&std::path::Path>) -> Result<Journal, Failure> {
+    let create = |path: &std::path::Path| {
+        std::fs::File::create(path).map_err(|error| Failure::new(format!("{}: {error}", path.display())))
+    };
+    Journal::start(path.map(create).transpose()?).map_err(Failure::new)
 }
 
 /// A reader who is gone has not seen everything, so that is no success; but there is nobody to tell.
@@ -77,11 +79,11 @@ fn unread(error: std::io::Error) -> Failure {
     Failure { code: 1, ..Failure::from(error) }
 }
 
-async fn show(args: &DemoArgs, screen: &mut Screen<'_>, traffic: &Handle) -> Outcome {
+async fn show(args: &DemoArgs, screen: &mut Screen<'_>, journal: &Journal, traffic: &Handle) -> Outcome {
     let mut terminate = signal(SignalKind::terminate()).map_err(Failure::new)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::new)?;
     let told = tokio::select! {
-        told = tell(args, screen, traffic) => Some(told?),
+        told = tell(args, screen, journal, traffic) => Some(told?),
         _ = interrupt.recv() => None,
         _ = terminate.recv() => None,
     };
@@ -117,7 +119,7 @@ fn outcome_of(verdict: Result<(), Vec<&'static str>>) -> Outcome {
 type Told = (Arc<World>, workloads::Frontend, Result<(), Vec<&'static str>>);
 
 /// Tells the whole story and answers what is still running, and what was not seen.
-async fn tell(args: &DemoArgs, screen: &mut Screen<'_>, traffic: &Handle) -> Result<Told, Failure> {
+async fn tell(args: &DemoArgs, screen: &mut Screen<'_>, journal: &Journal, traffic: &Handle) -> Result<Told, Failure> {
     let total = Duration::from_secs(args.seconds);
     let life = Duration::from_secs((args.seconds / 4).clamp(4, 6));
     let mut ledger = Ledger::default();
@@ -135,7 +137,14 @@ async fn tell(args: &DemoArgs, screen: &mut Screen<'_>, traffic: &Handle) -> Res
     let what = format!("CA {} for spiffe://{DOMAIN}, P-384, key in memory only", short(&ca));
     screen.tell(Tone::Plain, "authority", &what).map_err(unread)?;
     let world = Arc::new(World::start(authority, life, traffic).await.map_err(Failure::new)?);
-    let mut story = Story { screen, ledger: &mut ledger, world: Arc::clone(&world), total, frontend: None };
+    let mut story = Story {
+        screen,
+        ledger: &mut ledger,
+        world: Arc::clone(&world),
+        journal: journal.clone(),
+        total,
+        frontend: None,
+    };
     let told = story.tell().await;
     let frontend = story.frontend.take();
     told.map_err(unread)?;
@@ -170,6 +179,8 @@ fn invite(screen: &mut Screen<'_>, world: &World) -> std::io::Result<()> {
     let lines = [
         (format!("curl http://{}/records/7", world.frontend.listener), "as /frontend, through both sidecars"),
         (format!("curl http://{}/records/7", world.stranger.listener), "as /stranger: denied"),
+        (format!("curl http://{}/patients/42", world.web.listener), "HTTP, as /web: allowed"),
+        (format!("curl http://{}/admin", world.web.listener), "HTTP, as /web: 403"),
         (format!("curl -k https://{}/records/7", world.records.listener), "without a certificate: refused"),
     ];
     for (line, what) in lines {

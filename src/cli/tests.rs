@@ -115,6 +115,12 @@ fn check_says_what_a_config_means_and_what_is_wrong() {
     );
     assert_eq!(out, expected);
 
+    let api = root("examples/http-api.yaml");
+    let (_, out, _) = portcullis(&["check", "--no-files", api.to_str().unwrap()]);
+    let gp = "spiffe://nhs.example/ns/gp/sa/frontend";
+    let who = format!("for {gp}, spiffe://nhs.example/ns/wards/**; HTTP, some requests only\n");
+    assert!(out.contains(&who), "each once, and who is denied some requests is not shut out: {out}");
+
     let dir = tempfile::tempdir().unwrap();
     let bad = dir.path().join("bad.yaml");
     std::fs::write(&bad, "inbound: []\nthreads: 0\n").unwrap();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::listener::{Client, Shared};
-use super::record::{Cause, ConnectionRecord};
+use super::record::{Carries, Cause, ConnectionRecord};
 use super::registry::{Entry, Registration, TooMany};
 use crate::clock::Clock;
 use crate::config::schema::{Connections, OnPeerExpiry};
@@ -18,6 +18,7 @@ use super::tcp::{Deadlines, End};
 /// A connection that is registered and will leave a record.
 pub(super) struct Connection {
     shared: Arc<Shared>,
+    carries: Carries,
     registration: Registration,
     local: Option<SpiffeId>,
     decision: Option<Decision>,
@@ -30,9 +31,16 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn open(shared: &Arc<Shared>, direction: Direction, listener: &Arc<str>, client: Client) -> Self {
-        shared.observer.opened(direction);
+    pub(super) fn open(
+        shared: &Arc<Shared>,
+        direction: Direction,
+        carries: Carries,
+        listener: &Arc<str>,
+        client: Client,
+    ) -> Self {
+        shared.observer.opened(direction, carries);
         Self {
+            carries,
             registration: shared.registry.register(direction, Arc::clone(listener), client),
             shared: Arc::clone(shared),
             local: None,
@@ -44,6 +52,10 @@ impl Connection {
             received: 0,
             end: None,
         }
+    }
+
+    pub(super) fn carries(&self) -> Carries {
+        self.carries
     }
 
     pub(super) fn entry(&self) -> &Arc<Entry> {
@@ -90,6 +102,7 @@ impl Drop for Connection {
         let record = ConnectionRecord {
             listener: Arc::clone(&entry.listener),
             direction: entry.direction,
+            carries: self.carries,
             client: entry.client.to_string(),
             upstream: self.upstream.take(),
             peer: entry.peer().map(|peer| peer.id().clone()),

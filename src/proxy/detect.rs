@@ -147,11 +147,7 @@ pub enum Outcome {
 /// # Errors
 ///
 /// The stream's own, with which the connection is lost.
-pub async fn read_until_detected<S>(
-    mut io: S,
-    first: Duration,
-    rest: Duration,
-) -> io::Result<(Outcome, Prefixed<S>)>
+pub async fn read_until_detected<S>(mut io: S, first: Duration, rest: Duration) -> io::Result<(Outcome, Prefixed<S>)>
 where
     S: AsyncRead + Unpin,
 {
@@ -377,7 +373,8 @@ mod tests {
             let (mut near, far) = duplex(4096);
             near.write_all(bytes).await.unwrap();
             near.write_all(&[7; 100]).await.unwrap();
-            let (outcome, mut stream) = read_until_detected(far, Duration::from_secs(1), Duration::from_secs(1)).await.unwrap();
+            let (outcome, mut stream) =
+                read_until_detected(far, Duration::from_secs(1), Duration::from_secs(1)).await.unwrap();
             assert_eq!(outcome, Outcome::Detected(*expected), "{}", bytes.escape_ascii());
             assert!(!stream.ahead().is_empty() && stream.ahead().len() <= MAX);
             let mut first = [0; 3];

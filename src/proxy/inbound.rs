@@ -47,7 +47,10 @@ enum Opened {
 
 pub(super) async fn serve(accepted: Accepted, listener: Arc<Inbound>, shared: Arc<Shared>) {
     let Accepted { io, client, at, _place } = accepted;
-    let mut connection = Connection::open(&shared, Direction::Inbound, &listener.name, client);
+    let mut connection = {
+        let carries = listener.state.load().protocol.into();
+        Connection::open(&shared, Direction::Inbound, carries, &listener.name, client)
+    };
     let state = listener.state.load_full();
     let entry = Arc::clone(connection.entry());
     // The handshake's state is large and short-lived: in a box it is gone when the long part begins.
@@ -299,10 +302,11 @@ async fn forward(
 ) {
     let mut tls = admitted.into_subject().stream;
     let entry = Arc::clone(connection.entry());
+    let carries = connection.carries();
     let end = Forward::new(&mut tls, &mut plain, entry.stopper(), deadlines, |from_tls, from_plain| {
         connection.sent += from_tls;
         connection.received += from_plain;
-        shared.observer.moved(Direction::Inbound, from_tls, from_plain);
+        shared.observer.moved(Direction::Inbound, carries, from_tls, from_plain);
     })
     .await;
     if end.cause != Cause::Done {

@@ -16,8 +16,8 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::connection::Connection;
-use super::io::{Plain, tune};
 use super::http::Pool;
+use super::io::{Plain, tune};
 use super::record::{Cause, Observer, RequestCause};
 use super::registry::{Entry, Registry};
 use super::trace::Sampler;
@@ -352,6 +352,7 @@ pub async fn accept_loop<S, F>(
     listener: Listener,
     name: Arc<str>,
     direction: Direction,
+    protocol: impl Fn() -> Protocol + Send + 'static,
     shared: Arc<Shared>,
     mut stop: watch::Receiver<bool>,
     serve: S,
@@ -378,7 +379,7 @@ pub async fn accept_loop<S, F>(
                         tokio::spawn(serve(Accepted { io, client, at: Instant::now(), _place: place }));
                     }
                     Err(_) => {
-                        let mut connection = Connection::open(&shared, direction, &name, client);
+                        let mut connection = Connection::open(&shared, direction, protocol().into(), &name, client);
                         connection.end(Cause::Limit, "connections.max is reached");
                         io.abort();
                     }
@@ -418,7 +419,9 @@ impl Inbound {
     pub async fn run(self: Arc<Self>, listener: Listener, shared: Arc<Shared>, stop: watch::Receiver<bool>) {
         let name = Arc::clone(&self.name);
         let serving = Arc::clone(&shared);
-        accept_loop(listener, name, Direction::Inbound, shared, stop, move |accepted| {
+        let declared = Arc::clone(&self);
+        let protocol = move || declared.state.load().protocol;
+        accept_loop(listener, name, Direction::Inbound, protocol, shared, stop, move |accepted| {
             super::inbound::serve(accepted, Arc::clone(&self), Arc::clone(&serving))
         })
         .await;
@@ -430,7 +433,9 @@ impl Outbound {
     pub async fn run(self: Arc<Self>, listener: Listener, shared: Arc<Shared>, stop: watch::Receiver<bool>) {
         let name = Arc::clone(&self.name);
         let serving = Arc::clone(&shared);
-        accept_loop(listener, name, Direction::Outbound, shared, stop, move |accepted| {
+        let declared = Arc::clone(&self);
+        let protocol = move || declared.state.load().protocol;
+        accept_loop(listener, name, Direction::Outbound, protocol, shared, stop, move |accepted| {
             super::outbound::serve(accepted, Arc::clone(&self), Arc::clone(&serving))
         })
         .await;

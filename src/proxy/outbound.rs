@@ -19,7 +19,10 @@ use crate::tls::record::Direction;
 use crate::tls::{Authenticated, Offer, ReadAhead, client};
 
 pub(super) async fn serve(accepted: Accepted, listener: Arc<Outbound>, shared: Arc<Shared>) {
-    let mut connection = Connection::open(&shared, Direction::Outbound, &listener.name, accepted.client);
+    let mut connection = {
+        let carries = listener.state.load().protocol.into();
+        Connection::open(&shared, Direction::Outbound, carries, &listener.name, accepted.client)
+    };
     let state = listener.state.load_full();
     let entry = Arc::clone(connection.entry());
     let plain = accepted.io;
@@ -156,10 +159,11 @@ async fn forward(
 ) {
     let mut tls = admitted.into_subject().into_stream();
     let entry = Arc::clone(connection.entry());
+    let carries = connection.carries();
     let end = Forward::new(&mut tls, plain, entry.stopper(), deadlines, |from_tls, from_plain| {
         connection.sent += from_plain;
         connection.received += from_tls;
-        shared.observer.moved(Direction::Outbound, from_plain, from_tls);
+        shared.observer.moved(Direction::Outbound, carries, from_plain, from_tls);
     })
     .await;
     if end.cause != Cause::Done {

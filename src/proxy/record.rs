@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::schema::PolicyMode;
+use crate::config::schema::{PolicyMode, Protocol};
 use crate::identity::SpiffeId;
 use crate::tls::reason::Reason;
 use crate::tls::record::{Direction, Negotiated};
@@ -182,6 +182,44 @@ pub struct TraceContext {
     pub sampled: bool,
 }
 
+/// What a connection was opened for: the label of its metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Carries {
+    /// Bytes.
+    Tcp,
+    /// HTTP.
+    Http,
+    /// Either, as its first bytes say.
+    Detect,
+    /// Our own requests, on a connection that is kept for them.
+    Pool,
+}
+
+impl Carries {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Tcp, Self::Http, Self::Detect, Self::Pool];
+
+    /// The label value.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Http => "http",
+            Self::Detect => "detect",
+            Self::Pool => "pool",
+        }
+    }
+}
+
+impl From<Protocol> for Carries {
+    fn from(protocol: Protocol) -> Self {
+        match protocol {
+            Protocol::Tcp => Self::Tcp,
+            Protocol::Http => Self::Http,
+            Protocol::Detect => Self::Detect,
+        }
+    }
+}
+
 /// What is known of a connection at its end.
 #[derive(Clone, Debug)]
 pub struct ConnectionRecord {
@@ -189,6 +227,8 @@ pub struct ConnectionRecord {
     pub listener: Arc<str>,
     /// Which way.
     pub direction: Direction,
+    /// What it was opened for.
+    pub carries: Carries,
     /// Address of who connected, as text (`unix` for a Unix socket).
     pub client: String,
     /// Where it went to, as text, if it was dialled.
@@ -230,6 +270,8 @@ pub enum Event {
     Restored,
     /// The shadow Rego module would have decided otherwise.
     ShadowDiffered,
+    /// A Rego module gave no answer, which is a refusal: `time`, `evaluation`, `no_facts`, `not_loaded`.
+    ModuleFailed(&'static str),
 }
 
 /// Who wants to know what happens on the data path. Records are plain; the observer keeps nothing of a connection.
@@ -239,9 +281,9 @@ pub trait Observer: Send + Sync + 'static {
     /// A decision was made about a peer.
     fn decision(&self, direction: Direction, decision: &crate::policy::Decision);
     /// A connection was accepted.
-    fn opened(&self, direction: Direction);
-    /// Bytes moved on an open connection: towards the upstream, and back.
-    fn moved(&self, direction: Direction, sent: u64, received: u64);
+    fn opened(&self, direction: Direction, carries: Carries);
+    /// Bytes moved: towards the upstream, and back. Of requests those of their bodies, when they end.
+    fn moved(&self, direction: Direction, carries: Carries, sent: u64, received: u64);
     /// A connection ended.
     fn closed(&self, record: &ConnectionRecord);
     /// Something worth counting that is no end of anything.

@@ -243,7 +243,9 @@ mod tests {
     use crate::config::schema::PolicyMode;
     use crate::identity::{KeyType, SpiffeId};
     use crate::proxy::listener::Client;
-    use crate::proxy::record::{Cause, ConnectionRecord, HttpVersion, RequestCause, RequestRecord, TraceContext};
+    use crate::proxy::record::{
+        Carries, Cause, ConnectionRecord, HttpVersion, RequestCause, RequestRecord, TraceContext,
+    };
     use crate::tls::reason::Reason;
     use crate::tls::record::{Direction, Negotiated};
 
@@ -269,6 +271,7 @@ mod tests {
         ConnectionRecord {
             listener: "api".into(),
             direction: Direction::Inbound,
+            carries: Carries::Tcp,
             client: "127.0.0.1:1".into(),
             upstream: None,
             peer: None,

@@ -22,7 +22,7 @@ use super::traces::{self, Traces};
 use crate::config::schema::{self, Labels, PolicyMode};
 use crate::identity::keeper::{Counters, Current, SvidState};
 use crate::policy::{Decision, Verdict};
-use crate::proxy::record::{Cause, ConnectionRecord, Event, RequestRecord};
+use crate::proxy::record::{Carries, Cause, ConnectionRecord, Event, RequestRecord};
 use crate::tls::hello::WEAK;
 use crate::tls::reason::Reason;
 use crate::tls::record::{Direction, HandshakeRecord};
@@ -32,9 +32,6 @@ const HANDSHAKE_BUCKETS: &[f64] =
     &[0.0001, 0.00025, 0.0005, 0.00075, 0.001, 0.0015, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
 /// The most rule names, and the most trust domains, that get a series of their own.
 const MOST_NAMES: usize = 512;
-/// L4 carries opaque bytes.
-const PROTOCOL: &str = "tcp";
-
 const DIRECTIONS: [Direction; 2] = [Direction::Inbound, Direction::Outbound];
 const VERDICTS: [Verdict; 2] = [Verdict::Allow, Verdict::Deny];
 const MODES: [PolicyMode; 2] = [PolicyMode::Enforce, PolicyMode::Audit];
@@ -61,7 +58,7 @@ pub struct Metrics {
     rules: Places<RuleSeries>,
     open: IntGaugeVec,
     connections: IntCounterVec,
-    moving: [[IntCounter; 2]; 2],
+    moving: [[[IntCounter; 2]; Carries::ALL.len()]; 2],
     peer_connections: IntCounterVec,
     peer_info: IntGaugeVec,
     peers: Places<()>,
@@ -114,7 +111,9 @@ impl Metrics {
             &["direction", "protocol", "way"],
         )?;
         let moving = DIRECTIONS.map(|direction| {
-            ["sent", "received"].map(|way| bytes.with_label_values(&[direction.as_str(), PROTOCOL, way]))
+            Carries::ALL.map(|carries| {
+                ["sent", "received"].map(|way| bytes.with_label_values(&[direction.as_str(), carries.as_str(), way]))
+            })
         });
         let build = gauges(
             "build_info",
@@ -243,10 +242,12 @@ impl Metrics {
             for what in WEAK {
                 self.offered_weak.with_label_values(&[direction, what]);
             }
-            for cause in Cause::ALL {
-                self.connections.with_label_values(&[direction, PROTOCOL, cause.as_str()]);
+            for carries in Carries::ALL.map(Carries::as_str) {
+                for cause in Cause::ALL {
+                    self.connections.with_label_values(&[direction, carries, cause.as_str()]);
+                }
+                self.open.with_label_values(&[direction, carries]);
             }
-            self.open.with_label_values(&[direction, PROTOCOL]);
         }
         for result in ["success", "refused"] {
             self.svid_rotations.with_label_values(&[result]);
@@ -350,16 +351,22 @@ impl Metrics {
     }
 
     /// A connection was accepted.
-    pub fn opened(&self, direction: Direction) {
-        self.open.with_label_values(&[direction.as_str(), PROTOCOL]).inc();
+    pub fn opened(&self, direction: Direction, carries: Carries) {
+        self.open.with_label_values(&[direction.as_str(), carries.as_str()]).inc();
     }
 
     /// Bytes moved.
-    pub fn moved(&self, direction: Direction, sent: u64, received: u64) {
+    pub fn moved(&self, direction: Direction, carries: Carries, sent: u64, received: u64) {
         let [inbound, outbound] = &self.moving;
-        let [out, back] = match direction {
+        let [tcp, http, detect, pool] = match direction {
             Direction::Inbound => inbound,
             Direction::Outbound => outbound,
+        };
+        let [out, back] = match carries {
+            Carries::Tcp => tcp,
+            Carries::Http => http,
+            Carries::Detect => detect,
+            Carries::Pool => pool,
         };
         out.inc_by(sent);
         back.inc_by(received);
@@ -368,8 +375,8 @@ impl Metrics {
     /// A connection ended.
     pub fn closed(&self, record: &ConnectionRecord) {
         let direction = record.direction.as_str();
-        self.open.with_label_values(&[direction, PROTOCOL]).dec();
-        self.connections.with_label_values(&[direction, PROTOCOL, record.cause.as_str()]).inc();
+        self.open.with_label_values(&[direction, record.carries.as_str()]).dec();
+        self.connections.with_label_values(&[direction, record.carries.as_str(), record.cause.as_str()]).inc();
         if let Some(peer) = &record.peer {
             // A crowd that no rule admits must not push out those that matter.
             let admitted = !matches!(record.cause, Cause::Denied | Cause::Handshake | Cause::Limit);

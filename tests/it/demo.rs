@@ -27,7 +27,7 @@ async fn the_demo_tells_its_whole_story_and_leaves_nothing() {
     assert!(done.status.success(), "{out}{err}");
     assert_eq!(err, "");
     let told: Vec<_> = out.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_digit())).collect();
-    assert_eq!(told.len(), 9, "{out}");
+    assert_eq!(told.len(), 10, "{out}");
     for (number, chapter) in told.iter().enumerate() {
         assert!(chapter.starts_with(&format!("{}. ", number + 1)), "{out}");
     }
@@ -36,6 +36,24 @@ async fn the_demo_tells_its_whole_story_and_leaves_nothing() {
         assert!(out.lines().any(refused), "{reason}: {out}");
     }
     for text in ["\"caller\":\"spiffe://demo.portcullis.example/frontend\"", ": policy_changed\n", "TLSv1.3"] {
+        assert!(out.contains(text), "{text}: {out}");
+    }
+    for (word, asked, outcome, rule) in [
+        ("allowed", "GET /patients/42", "200", "read-patients"),
+        ("refused", "GET /admin", "403", "no-admin"),
+        ("refused", "GET /patients/../admin", "403, judged as /admin", "no-admin"),
+        ("refused", "GET /patients/%2e%2e/%61dmin", "403, judged as /admin", "no-admin"),
+        ("allowed", "gRPC clinic.v1.Appointments/Book", "0 OK", "book"),
+        ("refused", "gRPC clinic.v1.Appointments/Purge", "7 PERMISSION_DENIED", "default: no rule"),
+    ] {
+        let line = format!("{word:<9} {asked:<34} {outcome:<22} {rule}");
+        assert!(out.lines().any(|told| told.ends_with(&line)), "{line}: {out}");
+    }
+    for text in [
+        " of the caller came through both sidecars",
+        "206 requests, HTTP and gRPC, over ",
+        "gRPC by status        0 1, 7 1\n",
+    ] {
         assert!(out.contains(text), "{text}: {out}");
     }
     assert!(out.contains(" answered, 0 failed ") && !out.contains("NOT SEEN"), "{out}");
@@ -62,10 +80,16 @@ async fn kept_running_it_serves_what_it_prints_until_ctrl_c() {
     let mut demo = Running::start(&mut demo(dir.path(), &["--seconds", "5", "--keep", "--log", "sidecars.log"]));
     let host = |line: &str| line.trim().strip_prefix("curl http://")?.split('/').next()?.parse().ok();
     let frontend = demo.line("a line to try", |line| line.contains("as /frontend").then(|| host(line))?).await;
+    let web = demo.line("a line about HTTP", |line| line.contains("HTTP, as /web").then(|| host(line))?).await;
     let admin = demo.line("the metrics", |line| line.contains("/metrics").then(|| host(line))?).await;
     let (status, answer) = soon("an answer", get(frontend, "/records/7")).await.unwrap();
     assert_eq!(status, 200);
     assert!(answer.contains("/records/7"), "{answer}");
+    for (path, status, what) in [("/patients/42", 200, "/web\""), ("/admin", 403, "Forbidden"), ("/", 403, "Forbidden")]
+    {
+        let answer = soon(path, get(web, path)).await.unwrap();
+        assert!(answer.0 == status && answer.1.contains(what), "{path}: {answer:?}");
+    }
     let metrics = Metrics::parse(&soon("the metrics", get(admin, "/metrics")).await.unwrap().1);
     let done = [("direction", "inbound"), ("result", "success")];
     assert!(metrics.sum("portcullis_tls_handshakes_total", &done) >= 1.0);
@@ -73,5 +97,9 @@ async fn kept_running_it_serves_what_it_prints_until_ctrl_c() {
     let ended = tokio::time::timeout(Duration::from_secs(20), demo.wait()).await.unwrap();
     assert!(ended.success(), "{:?}", demo.heard());
     assert_eq!(left_behind(dir.path()), std::slice::from_ref(&log));
-    assert!(std::fs::read_to_string(log).unwrap().contains("\"peer\":\"spiffe://demo.portcullis.example/frontend\""));
+    let log = std::fs::read_to_string(log).unwrap();
+    for text in ["\"peer\":\"spiffe://demo.portcullis.example/frontend\"", "\"rule\":\"no-admin\"", "\"grpc_status\":7"]
+    {
+        assert!(log.contains(text), "{text}");
+    }
 }

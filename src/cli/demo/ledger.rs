@@ -24,6 +24,14 @@ things! {
     Identities = "every sidecar has an SVID of the authority";
     Answer = "a request through both sidecars is answered to the caller that was proven";
     Profile = "TLS 1.3 within the declared profile between the sidecars";
+    HttpAnswer = "a GET that a rule allows is answered to the caller that was proven";
+    PathDenied = "a GET of a path that a rule denies is refused (403)";
+    Spelling = "other spellings of that path are refused by the same rule";
+    Called = "a gRPC call that a rule allows is answered (status 0)";
+    CallDenied = "a gRPC call that no rule allows is refused (status 7)";
+    NotForwarded = "the workload sees none of the requests that are refused";
+    Trace = "the caller's trace id arrives at the workload";
+    Shared = "many requests share few handshakes";
     Denied = "a valid identity that no rule admits is refused (denied)";
     Forged = "a certificate of another authority is refused (untrusted)";
     Foreign = "an identity of an unknown trust domain is refused (unknown_trust_domain)";

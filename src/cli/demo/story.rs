@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::intruders::{self, Got};
+use super::journal::Journal;
 use super::ledger::{Ledger, Thing};
 use super::screen::{Screen, Tone, grouped};
 use super::workloads::{Caller, Frontend};
@@ -31,6 +32,8 @@ pub(super) struct Story<'s, 'out> {
     pub(super) screen: &'s mut Screen<'out>,
     pub(super) ledger: &'s mut Ledger,
     pub(super) world: Arc<World>,
+    /// What the sidecars log.
+    pub(super) journal: Journal,
     /// How long it is to take.
     pub(super) total: Duration,
     /// The traffic, once it has begun.
@@ -47,6 +50,7 @@ impl Story<'_, '_> {
     pub(super) async fn tell(&mut self) -> io::Result<()> {
         self.identities().await?;
         self.first_request().await?;
+        self.requests().await?;
         self.traffic()?;
         self.rest_until(0.10).await?;
         self.refusals().await?;
@@ -68,7 +72,7 @@ impl Story<'_, '_> {
     }
 
     /// Asks again until there is an answer or patience ends.
-    async fn until<T>(&mut self, mut ask: impl AsyncFnMut() -> Option<T>) -> io::Result<Option<T>> {
+    pub(super) async fn until<T>(&mut self, mut ask: impl AsyncFnMut() -> Option<T>) -> io::Result<Option<T>> {
         let end = self.end_of_patience();
         loop {
             if let Some(answer) = ask().await {
@@ -99,7 +103,7 @@ impl Story<'_, '_> {
     }
 
     /// Ticks a thing off and says so, or says that it was not seen.
-    fn seen(&mut self, thing: Thing, seen: bool, word: &str, what: &str) -> io::Result<()> {
+    pub(super) fn seen(&mut self, thing: Thing, seen: bool, word: &str, what: &str) -> io::Result<()> {
         if self.ledger.tick(thing, seen) {
             let tone = if word == "refused" { Tone::Refused } else { Tone::Good };
             self.screen.tell(tone, word, what)
@@ -118,13 +122,14 @@ impl Story<'_, '_> {
             let Some((serial, key)) = state else { continue };
             let role = match sidecar.name {
                 "records" => format!("mTLS {} -> {}", sidecar.listener, world.workload.address),
+                "clinic" => format!("mTLS {} -> {}", sidecar.listener, world.clinic_service.address),
                 _ => format!("plaintext {} -> mTLS", sidecar.listener),
             };
             let what = format!("/{:<9} {key} {} {role}", sidecar.name, short(&serial));
             self.screen.tell(Tone::Plain, "SVID", &what)?;
         }
         let life = world.life.as_secs();
-        let what = format!("each has an SVID of {life} s; only /frontend is admitted to /records");
+        let what = format!("each has an SVID of {life} s; /records admits only /frontend, /clinic only /web");
         self.seen(Thing::Identities, all, "ready", &what)
     }
 
@@ -159,8 +164,11 @@ impl Story<'_, '_> {
     fn traffic(&mut self) -> io::Result<()> {
         // A kept connection ends in order well before the SVIDs that it was made with.
         let keep = self.world.life / 5;
-        self.frontend = Some(Frontend::start(self.world.frontend.listener, &id("frontend"), keep));
-        let what = "goes on to the end: some 30 requests a second, connections kept and new";
+        let mut frontend = Frontend::start(self.world.frontend.listener, &id("frontend"), keep);
+        // The connection of HTTP is its caller's own: it outlives every SVID of the sidecars.
+        frontend.also(self.world.web.listener, &id("web"), "/patients");
+        self.frontend = Some(frontend);
+        let what = "goes on to the end: some 40 requests a second, connections kept and new";
         self.screen.tell(Tone::Plain, "traffic", what)
     }
 

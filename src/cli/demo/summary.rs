@@ -108,6 +108,7 @@ pub(super) async fn show(screen: &mut Screen<'_>, ledger: &mut Ledger, world: &W
     let carried = frontend.by(CONNECTIONS, "cause");
     let weak = records.by(WEAK, "what");
     let (requests, failures) = tally.counts();
+    let http = Http::of(&world.clinic.metrics().await);
 
     screen.chapter("What the sidecars' own /metrics say of all this")?;
     let heading = format!("   {:<24}{:<28}{}", "", "/records, inbound", "/frontend, outbound");
@@ -122,10 +123,13 @@ pub(super) async fn show(screen: &mut Screen<'_>, ledger: &mut Ledger, world: &W
         ("denied by policy", grouped(denied)),
         ("refused by reason", counted(&refused)),
         ("weak offers", counted(&weak)),
+        ("HTTP, /clinic", format!("{} over {} mTLS handshakes", counted(&http.classes), grouped(http.handshakes))),
+        ("  gRPC by status", counted(&http.grpc)),
+        ("  decided by", counted(&http.rules)),
     ] {
         wrapped(screen, name, &what)?;
     }
-    let count = format!("{} answered, {} failed (the frontend workload's own count)", grouped(requests), failures);
+    let count = format!("{} answered, {} failed (the workloads' own count)", grouped(requests), failures);
     wrapped(screen, "requests", &count)?;
     let note = screen.faint(&format!("   * from the buckets of {DURATION}"));
     screen.line(&note)?;
@@ -142,6 +146,7 @@ pub(super) async fn show(screen: &mut Screen<'_>, ledger: &mut Ledger, world: &W
         outside: records.outside() + frontend.outside(),
         handshakes: frontend.handshakes("false"),
         denied,
+        http: &http,
     };
     if !ledger.tick(Thing::ReadBack, told.confirms()) {
         screen.tell(Tone::Bad, "NOT SEEN", Thing::ReadBack.words())?;
@@ -170,6 +175,32 @@ fn wrapped(screen: &mut Screen<'_>, name: &str, text: &str) -> io::Result<()> {
     screen.line(&format!("   {name:<24}{line}"))
 }
 
+/// What the sidecar of the clinic tells of requests.
+pub(super) struct Http {
+    classes: BTreeMap<String, u64>,
+    grpc: BTreeMap<String, u64>,
+    rules: BTreeMap<String, u64>,
+    handshakes: u64,
+}
+
+impl Http {
+    pub(super) fn of(metrics: &Metrics) -> Self {
+        let inbound = [("direction", "inbound")];
+        Self {
+            classes: metrics.by("portcullis_http_requests_total", &inbound, "status_class"),
+            grpc: metrics.by("portcullis_grpc_requests_total", &inbound, "grpc_status"),
+            rules: metrics.by(DECISIONS, &inbound, "rule"),
+            handshakes: metrics.count(HANDSHAKES, &[("direction", "inbound"), ("result", "success")]),
+        }
+    }
+
+    /// Whether it is what was shown: answers and refusals, each by its rule, and nothing that failed.
+    pub(super) fn confirms(&self) -> bool {
+        let ruled = ["read-patients", "book", "no-admin", "default"].iter().all(|rule| self.rules.contains_key(*rule));
+        ruled && self.classes.keys().eq(["2xx", "4xx"]) && self.grpc.keys().eq(["0", "7"]) && self.handshakes > 0
+    }
+}
+
 /// What the metrics tell that bears on the verdict.
 struct Told<'a> {
     refused: &'a BTreeMap<String, u64>,
@@ -179,6 +210,7 @@ struct Told<'a> {
     outside: u64,
     handshakes: u64,
     denied: u64,
+    http: &'a Http,
 }
 
 impl Told<'_> {
@@ -193,5 +225,6 @@ impl Told<'_> {
             && self.outside == 0
             && self.handshakes > 0
             && self.denied >= 2
+            && self.http.confirms()
     }
 }

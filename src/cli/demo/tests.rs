@@ -5,6 +5,7 @@ use super::ledger::{Ledger, Thing};
 use super::outcome_of;
 use super::scrape::Metrics;
 use super::screen::{Screen, Style, Tone, grouped};
+use super::summary::Http;
 
 #[test]
 fn the_verdict_names_what_was_not_seen_whichever_it_is() {
@@ -47,6 +48,35 @@ fn metrics_read_back() {
     let near = |q: f64, expected: f64| (metrics.quantile("h", &[("a", "x")], q).unwrap() - expected).abs() < 1e-9;
     assert!(near(0.5, 0.001) && near(0.7, 0.0015) && near(0.99, 0.0038));
     assert_eq!(metrics.quantile("h", &[("a", "y")], 0.5), None);
+}
+
+const CLINIC: &str = "\
+http_requests_total{direction=\"inbound\",status_class=\"2xx\"} 9
+http_requests_total{direction=\"inbound\",status_class=\"4xx\"} 3
+http_requests_total{direction=\"outbound\",status_class=\"5xx\"} 1
+grpc_requests_total{direction=\"inbound\",grpc_status=\"0\"} 1
+grpc_requests_total{direction=\"inbound\",grpc_status=\"7\"} 1
+authorization_decisions_total{direction=\"inbound\",rule=\"read-patients\"} 8
+authorization_decisions_total{direction=\"inbound\",rule=\"book\"} 1
+authorization_decisions_total{direction=\"inbound\",rule=\"no-admin\"} 3
+authorization_decisions_total{direction=\"inbound\",rule=\"default\"} 1
+tls_handshakes_total{direction=\"inbound\",result=\"success\"} 1
+";
+
+#[test]
+fn the_clinics_metrics_confirm_the_story_only_whole() {
+    let confirms = |lines: &[&str]| {
+        let text: String = lines.iter().map(|line| format!("portcullis_{line}\n")).collect();
+        Http::of(&Metrics::parse(&text)).confirms()
+    };
+    let lines: Vec<_> = CLINIC.lines().collect();
+    assert!(confirms(&lines));
+    for missing in lines.iter().filter(|line| !line.contains("outbound")) {
+        let rest: Vec<_> = lines.iter().copied().filter(|line| line != missing).collect();
+        assert!(!confirms(&rest), "{missing}");
+    }
+    let failed = "http_requests_total{direction=\"inbound\",status_class=\"5xx\"} 1";
+    assert!(!confirms(&[lines.as_slice(), &[failed]].concat()));
 }
 
 fn told(style: Style) -> String {

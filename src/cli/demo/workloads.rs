@@ -11,7 +11,7 @@ use http_body_util::{BodyExt, Empty, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::service::service_fn;
-use hyper::{Request, Response};
+use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
@@ -124,18 +124,25 @@ impl Caller {
         Ok(Self { sender, connection })
     }
 
-    /// Asks for one record.
+    /// Asks for one record: what is answered, if that is a success.
     pub(super) async fn ask(&mut self, path: &str) -> io::Result<String> {
+        match self.request(path, &[]).await? {
+            (status, body) if status.is_success() => Ok(body),
+            (status, _) => Err(io::Error::other(format!("status {status}"))),
+        }
+    }
+
+    /// A GET with these headers: what is answered.
+    pub(super) async fn request(&mut self, path: &str, headers: &[(&str, &str)]) -> io::Result<(StatusCode, String)> {
         let asking = async {
-            let request = Request::get(path).header("host", "records").body(Empty::new()).map_err(io::Error::other)?;
+            let request = Request::get(path).header("host", "records");
+            let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+            let request = request.body(Empty::new()).map_err(io::Error::other)?;
             self.sender.ready().await.map_err(io::Error::other)?;
             let answer = self.sender.send_request(request).await.map_err(io::Error::other)?;
             let status = answer.status();
             let body = answer.into_body().collect().await.map_err(io::Error::other)?.to_bytes();
-            if !status.is_success() {
-                return Err(io::Error::other(format!("status {status}")));
-            }
-            Ok(String::from_utf8_lossy(&body).trim().to_owned())
+            Ok((status, String::from_utf8_lossy(&body).trim().to_owned()))
         };
         tokio::time::timeout(PATIENCE, asking).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
@@ -172,7 +179,7 @@ impl Tally {
     }
 }
 
-/// The `frontend` workload: asks all the time, over connections kept and new. Ends when dropped.
+/// The workloads that ask all the time, over connections kept and new: `frontend`, and `web` beside it. Ends when dropped.
 #[derive(Debug)]
 pub(super) struct Frontend {
     /// What came of it.
@@ -190,9 +197,16 @@ impl Frontend {
         let mut tasks = JoinSet::new();
         for number in 0..=KEPT {
             let keep = if number == KEPT { Duration::ZERO } else { keep };
-            tasks.spawn(ask_on(address, own.to_owned(), keep, number, Arc::clone(&tally), stopped.clone()));
+            let whom = Whom { address, own: own.to_owned(), below: "/records", keep };
+            tasks.spawn(ask_on(whom, number, Arc::clone(&tally), stopped.clone()));
         }
         Self { tally, stop, tasks }
+    }
+
+    /// Begins to ask somebody else as well, for what is `below` this path, on one connection to the end.
+    pub(super) fn also(&mut self, address: SocketAddr, own: &str, below: &'static str) {
+        let whom = Whom { address, own: own.to_owned(), below, keep: Duration::MAX };
+        self.tasks.spawn(ask_on(whom, 0, Arc::clone(&self.tally), self.stop.subscribe()));
     }
 
     /// Lets every caller finish what it is about.
@@ -202,19 +216,21 @@ impl Frontend {
     }
 }
 
-async fn ask_on(
+/// Whom a caller asks, as whom, for what, and how long on one connection.
+struct Whom {
     address: SocketAddr,
     own: String,
+    below: &'static str,
     keep: Duration,
-    number: u64,
-    tally: Arc<Tally>,
-    mut stopped: watch::Receiver<bool>,
-) {
+}
+
+async fn ask_on(whom: Whom, number: u64, tally: Arc<Tally>, mut stopped: watch::Receiver<bool>) {
+    let Whom { address, own, below, keep } = whom;
     for round in 0_u64.. {
         let opened = Instant::now();
         match Caller::connect(address).await {
             Ok(mut caller) => loop {
-                match caller.ask(&format!("/records/{}", round * (KEPT + 1) + number)).await {
+                match caller.ask(&format!("{below}/{}", round * (KEPT + 1) + number)).await {
                     Ok(answer) if answer.contains(&format!("\"{own}\"")) => {
                         tally.requests.fetch_add(1, Ordering::Relaxed);
                     }

@@ -1,4 +1,4 @@
-//! The stage: an authority, two workloads and three sidecars, all in this process and on loopback.
+//! The stage: an authority, the workloads and their sidecars, all in this process and on loopback.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,6 +8,7 @@ use serde_json::Value;
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
+use super::clinic::{Clinic, SERVICE};
 use super::scrape;
 use super::workloads::Records;
 use crate::app::Node;
@@ -85,6 +86,9 @@ pub(super) struct World {
     pub(super) records: Sidecar,
     pub(super) frontend: Sidecar,
     pub(super) stranger: Sidecar,
+    pub(super) clinic_service: Clinic,
+    pub(super) clinic: Sidecar,
+    pub(super) web: Sidecar,
     /// How long an SVID lives.
     pub(super) life: Duration,
     rotations: Arc<Mutex<Vec<Rotation>>>,
@@ -103,16 +107,16 @@ impl World {
             traffic.clone(),
         )
         .await?;
-        let caller = |name: &str| {
-            format!(
-                "{}outbound:\n  - name: records\n    listen: '127.0.0.1:0'\n    to: '{}'\n    expect: {}\n",
-                common(name, life),
-                records.listener,
-                id("records")
-            )
+        let clinic_service = Clinic::start().await.map_err(|error| format!("the clinic workload: {error}"))?;
+        let text = clinic_text(life, clinic_service.address);
+        let clinic = Sidecar::start("clinic", &authority, &text, traffic.clone()).await?;
+        let caller = async |name: &'static str, of: &Sidecar, protocol: &str| {
+            let text = caller_text(name, life, of, protocol);
+            Sidecar::start(name, &authority, &text, traffic.clone()).await
         };
-        let frontend = Sidecar::start("frontend", &authority, &caller("frontend"), traffic.clone()).await?;
-        let stranger = Sidecar::start("stranger", &authority, &caller("stranger"), traffic.clone()).await?;
+        let frontend = caller("frontend", &records, "tcp").await?;
+        let stranger = caller("stranger", &records, "tcp").await?;
+        let web = caller("web", &clinic, "http").await?;
         let rotations = Arc::default();
         let mut watchers = JoinSet::new();
         for sidecar in [&records, &frontend] {
@@ -126,6 +130,9 @@ impl World {
             records,
             frontend,
             stranger,
+            clinic_service,
+            clinic,
+            web,
             life,
             rotations,
             _watchers: watchers,
@@ -133,8 +140,8 @@ impl World {
     }
 
     /// All sidecars.
-    pub(super) fn sidecars(&self) -> [&Sidecar; 3] {
-        [&self.records, &self.frontend, &self.stranger]
+    pub(super) fn sidecars(&self) -> [&Sidecar; 5] {
+        [&self.records, &self.frontend, &self.stranger, &self.clinic, &self.web]
     }
 
     /// The config of the records sidecar that admits these.
@@ -155,8 +162,8 @@ impl World {
 
     /// Waits for open connections to end, and ends those that do not.
     pub(super) async fn drain(&self) {
-        let [a, b, c] = self.sidecars().map(|sidecar| sidecar.node.proxy().drain(DRAIN));
-        tokio::join!(a, b, c);
+        let [a, b, c, d, e] = self.sidecars().map(|sidecar| sidecar.node.proxy().drain(DRAIN));
+        tokio::join!(a, b, c, d, e);
     }
 }
 
@@ -188,6 +195,41 @@ fn records_text(life: Duration, to: SocketAddr, allow: &[&str]) -> String {
     format!(
         "{}inbound:\n  - name: api\n    listen: '127.0.0.1:0'\n    to: '{to}'\n    proxy_protocol: v2\n    allow: [{allow}]\n",
         common("records", life)
+    )
+}
+
+fn clinic_text(life: Duration, to: SocketAddr) -> String {
+    let web = id("web");
+    format!(
+        "{}inbound:
+  - name: clinic
+    listen: '127.0.0.1:0'
+    to: '{to}'
+    protocol: http
+    http: {{ forward_client_cert: set }}
+policy:
+  rules:
+    - name: read-patients
+      from: ['{web}']
+      http: [{{ methods: [GET], paths: ['/patients/{{id}}'] }}]
+    - name: book
+      from: ['{web}']
+      http: [{{ grpc: {{ service: {SERVICE}, method: Book }} }}]
+    - name: no-admin
+      from: ['spiffe://{DOMAIN}']
+      action: deny
+      http: [{{ paths: [{{ prefix: /admin }}] }}]
+",
+        common("clinic", life)
+    )
+}
+
+fn caller_text(name: &str, life: Duration, of: &Sidecar, protocol: &str) -> String {
+    format!(
+        "{}outbound:\n  - name: {name}\n    listen: '127.0.0.1:0'\n    to: '{}'\n    expect: {}\n    protocol: {protocol}\n",
+        common(name, life),
+        of.listener,
+        id(of.name)
     )
 }
 

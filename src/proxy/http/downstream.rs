@@ -24,7 +24,7 @@ use crate::policy::http::ConnectionFacts;
 use crate::policy::{ListenerPolicy, PeerPolicy};
 use crate::proxy::connection::Connection;
 use crate::proxy::listener::{Inbound, Outbound, Shared};
-use crate::proxy::record::{Cause, RequestCause};
+use crate::proxy::record::{Carries, Cause, RequestCause};
 use crate::proxy::registry::Entry;
 use crate::proxy::tcp::Deadlines;
 use crate::tls::Peer;
@@ -135,6 +135,7 @@ pub(super) struct Downstream {
     pub(super) entry: Arc<Entry>,
     pub(super) way: Way,
     pub(super) spoken: Spoken,
+    carries: Carries,
     pub(super) limits: Arc<HttpLimits>,
     /// How long either side may be silent in a body.
     pub(super) idle: Duration,
@@ -154,7 +155,7 @@ impl Downstream {
     pub(super) fn moved(&self, sent: u64, received: u64) {
         self.sent.fetch_add(sent, Ordering::Relaxed);
         self.received.fetch_add(received, Ordering::Relaxed);
-        self.shared.observer.moved(self.direction(), sent, received);
+        self.shared.observer.moved(self.direction(), self.carries, sent, received);
         if self.spoken != Spoken::Http1 {
             let now = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
             self.last.store(now, Ordering::Relaxed);
@@ -208,6 +209,7 @@ pub(in crate::proxy) async fn serve<S>(
         entry,
         way,
         spoken,
+        carries: connection.carries(),
         idle: deadlines.idle,
         half_closed: deadlines.half_closed,
         guard: None,

@@ -27,7 +27,7 @@ use super::tunnel::Tunnel;
 use crate::config::schema::{ForwardClientCert, Forwarded, PolicyMode};
 use crate::policy::http::{HttpFacts, HttpTarget};
 use crate::proxy::listener::Client;
-use crate::proxy::record::{HttpVersion, RequestCause};
+use crate::proxy::record::{Event, HttpVersion, RequestCause};
 use crate::tls::record::Direction;
 
 /// A refusal before anything was sent.
@@ -51,6 +51,7 @@ pub(super) async fn handle(down: Arc<Downstream>, mut request: Request<Incoming>
     let (mut parts, body) = request.into_parts();
     let version = version(&down, &mut parts);
     let mut exchange = Exchange::begin(&down, &parts, version);
+    exchange.trace = down.shared.tracing.incoming(&parts.headers);
     exchange.ticket = down.guard.as_ref().map(|guard| guard.next_request());
     if let Some(refusal) = exchange.ticket.as_ref().and_then(|ticket| ticket.refusal()) {
         let status = StatusCode::from_u16(refusal.status).unwrap_or(StatusCode::BAD_REQUEST);
@@ -124,6 +125,7 @@ fn prepare(
         exchange.host = authority.host().into();
     }
     headers::remove_hop_by_hop(&mut parts.headers);
+    down.shared.tracing.outgoing(exchange.trace.as_ref(), &mut parts.headers);
     let inbound = matches!(down.way, Way::Inbound(_));
     let body_idle = if exchange.grpc { down.idle } else { down.limits.body_idle_timeout.0 };
     match &down.way {
@@ -230,8 +232,33 @@ fn no_pool() -> Refused {
 
 fn decided(exchange: &mut Exchange, decision: &crate::policy::RequestDecision) {
     exchange.down.shared.observer.decision(exchange.down.direction(), &decision.decision);
+    if let Some(report) = &decision.modules {
+        modules(exchange, report);
+    }
     exchange.rule = Some((Arc::clone(&decision.decision.rule), decision.decision.mode));
     exchange.route = Arc::clone(&decision.route);
+}
+
+/// Tells what the Rego modules said, where somebody should know.
+fn modules(exchange: &Exchange, report: &crate::policy::rego::ModuleReport) {
+    let listener = &exchange.down.entry.listener;
+    let tell = |event| exchange.down.shared.observer.event(exchange.down.direction(), listener, event);
+    if let Some(failure) = report.module.failure {
+        tell(Event::ModuleFailed(failure.as_str()));
+        tracing::warn!(listener = &**listener, failure = failure.as_str(), "the Rego module gave no answer: refused");
+    }
+    if report.shadow_differs() {
+        tell(Event::ShadowDiffered);
+        let (now, then) = (report.module.allows, report.shadow.is_some_and(|shadow| shadow.allows));
+        tracing::info!(
+            listener = &**listener,
+            method = exchange.method.as_str(),
+            path = &*exchange.path,
+            module_allows = now,
+            shadow_allows = then,
+            "the shadow Rego module would have decided otherwise"
+        );
+    }
 }
 
 fn forwarded(headers: &mut HeaderMap, policy: Forwarded, client: Client, direction: Direction) {
@@ -277,8 +304,7 @@ fn reply(mut exchange: Box<Exchange>, sent: Sent, upgrade: Option<OnUpgrade>) ->
             parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
             parts.headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
         }
-        let tunnel =
-            Tunnel { down: own, up, exchange, lease, idle: down.idle, half_closed: down.half_closed };
+        let tunnel = Tunnel { down: own, up, exchange, lease, idle: down.idle, half_closed: down.half_closed };
         if down.spoken == Spoken::Http1 {
             down.set_tunnel(tunnel);
         } else {

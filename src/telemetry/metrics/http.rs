@@ -71,6 +71,7 @@ pub(super) struct Http {
     ejected: IntCounter,
     restored: IntCounter,
     shadow_differs: IntCounter,
+    module_failures: IntCounterVec,
 }
 
 impl Http {
@@ -139,6 +140,16 @@ impl Http {
                 IntCounter::new(
                     "rego_shadow_differs_total",
                     "Requests that the shadow Rego module would have decided otherwise.",
+                ),
+            )?,
+            module_failures: keep(
+                registry,
+                IntCounterVec::new(
+                    Opts::new(
+                        "rego_failures_total",
+                        "Requests that were refused because a Rego module gave no answer.",
+                    ),
+                    &["failure"],
                 ),
             )?,
         })
@@ -223,6 +234,7 @@ impl Http {
             Event::Ejected => self.ejected.inc(),
             Event::Restored => self.restored.inc(),
             Event::ShadowDiffered => self.shadow_differs.inc(),
+            Event::ModuleFailed(failure) => self.module_failures.with_label_values(&[failure]).inc(),
         }
     }
 }

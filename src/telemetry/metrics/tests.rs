@@ -54,6 +54,7 @@ fn ended(peer: &str) -> ConnectionRecord {
     ConnectionRecord {
         listener: "api".into(),
         direction: Direction::Inbound,
+        carries: Carries::Tcp,
         client: "127.0.0.1:1".into(),
         upstream: None,
         peer: Some(SpiffeId::parse(peer).unwrap()),
@@ -73,7 +74,7 @@ fn ended(peer: &str) -> ConnectionRecord {
 fn series_stay_bounded_whoever_calls_and_whatever_rules_are_called() {
     let metrics = Metrics::new(&labels(), 100, false).unwrap();
     for n in 0..50_000 {
-        metrics.opened(Direction::Inbound);
+        metrics.opened(Direction::Inbound, Carries::Tcp);
         metrics.closed(&ended(&format!("spiffe://td{}.example/w/{n}", n % 1000)));
         metrics.decision(Direction::Inbound, &decided(&format!("rule-{n}")));
     }
@@ -143,9 +144,9 @@ fn figures_that_nobody_supplies_have_no_series() {
 #[test]
 fn connections_open_and_end() {
     let metrics = Metrics::new(&labels(), 10, false).unwrap();
-    metrics.opened(Direction::Inbound);
-    metrics.opened(Direction::Inbound);
-    metrics.moved(Direction::Inbound, 10, 20);
+    metrics.opened(Direction::Inbound, Carries::Tcp);
+    metrics.opened(Direction::Inbound, Carries::Tcp);
+    metrics.moved(Direction::Inbound, Carries::Tcp, 10, 20);
     metrics.closed(&ConnectionRecord { cause: Cause::Truncated, ..ended("spiffe://td.example/w") });
     assert_eq!(value(&metrics, "portcullis_connections_open", &["inbound"]), Some(1.0));
     assert_eq!(value(&metrics, "portcullis_connections_total", &["inbound", "truncated"]), Some(1.0));
@@ -248,7 +249,7 @@ fn names_cannot_write_series_of_their_own() {
 fn two_proxies_of_one_process_count_apart() {
     let one = Metrics::new(&labels(), 10, false).unwrap();
     let two = Metrics::new(&labels(), 10, false).unwrap();
-    one.opened(Direction::Inbound);
+    one.opened(Direction::Inbound, Carries::Tcp);
     assert_eq!(value(&one, "portcullis_connections_open", &["inbound"]), Some(1.0));
     assert_eq!(value(&two, "portcullis_connections_open", &["inbound"]), Some(0.0));
 }
@@ -261,10 +262,10 @@ fn a_connection_s_records_cost_microseconds() {
     let rounds = 5_000;
     let began = Instant::now();
     for _ in 0..rounds {
-        metrics.opened(Direction::Inbound);
+        metrics.opened(Direction::Inbound, Carries::Tcp);
         metrics.handshake(&handshake);
         metrics.decision(Direction::Inbound, &decision);
-        metrics.moved(Direction::Inbound, 100, 100);
+        metrics.moved(Direction::Inbound, Carries::Tcp, 100, 100);
         metrics.closed(&connection);
     }
     let each = began.elapsed() / rounds;
@@ -276,7 +277,7 @@ fn a_connection_s_records_cost_microseconds() {
 fn every_metric_has_our_prefix_and_says_what_it_is() {
     let metrics = Metrics::new(&labels(), 10, false).unwrap();
     metrics.handshake(&handshaken());
-    metrics.opened(Direction::Inbound);
+    metrics.opened(Direction::Inbound, Carries::Tcp);
     metrics.decision(Direction::Inbound, &decided("allow:api"));
     metrics.closed(&ended("spiffe://td.example/w"));
     metrics.handshakes_in_progress(1);
