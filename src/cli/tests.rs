@@ -96,6 +96,8 @@ fn the_reference_shows_every_option_and_its_true_default() {
     assert_eq!(reference.tls, sidecar.tls);
     assert_eq!(reference.connections, sidecar.connections);
     assert_eq!(reference.admin, sidecar.admin);
+    assert_eq!(reference.http, sidecar.http);
+    assert_eq!(reference.detect, sidecar.detect);
     assert_eq!(reference.telemetry, sidecar.telemetry);
     assert_eq!(reference.identity, sidecar.identity);
     assert_eq!(reference.drain_timeout, sidecar.drain_timeout);
@@ -118,7 +120,7 @@ fn check_says_what_a_config_means_and_what_is_wrong() {
     let api = root("examples/http-api.yaml");
     let (_, out, _) = portcullis(&["check", "--no-files", api.to_str().unwrap()]);
     let gp = "spiffe://nhs.example/ns/gp/sa/frontend";
-    let who = format!("for {gp}, spiffe://nhs.example/ns/wards/**; HTTP, some requests only\n");
+    let who = format!(", HTTP, some requests only, for {gp}, spiffe://nhs.example/ns/wards/**\n");
     assert!(out.contains(&who), "each once, and who is denied some requests is not shut out: {out}");
 
     let dir = tempfile::tempdir().unwrap();

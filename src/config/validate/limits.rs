@@ -109,7 +109,7 @@ fn overrides(c: &mut Checker<'_>, section: &str, index: usize, over: &Connection
     number(c, at![section, index, "connections", "max_per_peer"], over.max_per_peer, MAX_CONNECTIONS);
 }
 
-fn number(c: &mut Checker<'_>, at: &[Step<'_>], value: Option<usize>, most: usize) {
+pub(super) fn number(c: &mut Checker<'_>, at: &[Step<'_>], value: Option<usize>, most: usize) {
     match value {
         Some(0) => c.error(at, format!("0 is not a limit; write a number from 1 to {most}")),
         Some(value) if value > most => c.error(at, format!("{value} is too much; at most {most}")),
@@ -117,7 +117,7 @@ fn number(c: &mut Checker<'_>, at: &[Step<'_>], value: Option<usize>, most: usiz
     }
 }
 
-fn time(c: &mut Checker<'_>, at: &[Step<'_>], value: Option<Span>) {
+pub(super) fn time(c: &mut Checker<'_>, at: &[Step<'_>], value: Option<Span>) {
     let Some(value) = value else { return };
     if value.0.is_zero() {
         c.error(at, "a time of 0 would end everything at once; write a length such as 30s");

@@ -9,6 +9,7 @@ mod limits;
 mod listeners;
 mod profile;
 mod rules;
+mod traffic;
 
 use super::load::{Finding, LoadOptions};
 use super::positions::{Positions, Step};
@@ -48,6 +49,7 @@ pub(super) fn validate(config: &mut Config, places: &Positions, options: &LoadOp
     rules::check(&mut checker, config);
     http::check(&mut checker, config);
     limits::check(&mut checker, config);
+    traffic::check(&mut checker, config);
     let mut found = checker.found;
     found.warnings.sort_by_key(|finding| finding.place);
     found

@@ -22,6 +22,8 @@ fn negotiated() -> Negotiated {
     }
 }
 
+const TCP: &str = "protocol=\"tcp\"";
+
 /// The value of the one series of that name whose labels hold all of these texts.
 fn value(metrics: &Metrics, name: &str, has: &[&str]) -> Option<f64> {
     let text = metrics.render().1;
@@ -114,13 +116,16 @@ fn what_is_alerted_on_is_there_before_it_happens() {
             let reason = format!("reason=\"{reason}\"");
             assert_eq!(value(&metrics, "portcullis_tls_handshakes_total", &[direction, &reason]), Some(0.0));
         }
-        for cause in Cause::ALL {
-            let cause = format!("cause=\"{}\"", cause.as_str());
-            assert_eq!(value(&metrics, "portcullis_connections_total", &[direction, &cause]), Some(0.0));
-        }
-        assert_eq!(value(&metrics, "portcullis_connections_open", &[direction]), Some(0.0));
-        for way in ["way=\"sent\"", "way=\"received\""] {
-            assert_eq!(value(&metrics, "portcullis_bytes_total", &[direction, way]), Some(0.0));
+        for carries in Carries::ALL {
+            let protocol = format!("protocol=\"{}\"", carries.as_str());
+            for cause in Cause::ALL {
+                let cause = format!("cause=\"{}\"", cause.as_str());
+                assert_eq!(value(&metrics, "portcullis_connections_total", &[direction, &protocol, &cause]), Some(0.0));
+            }
+            assert_eq!(value(&metrics, "portcullis_connections_open", &[direction, &protocol]), Some(0.0));
+            for way in ["way=\"sent\"", "way=\"received\""] {
+                assert_eq!(value(&metrics, "portcullis_bytes_total", &[direction, &protocol, way]), Some(0.0));
+            }
         }
     }
     assert_eq!(value(&metrics, "portcullis_svid_state", &["absent"]), Some(1.0));
@@ -148,10 +153,10 @@ fn connections_open_and_end() {
     metrics.opened(Direction::Inbound, Carries::Tcp);
     metrics.moved(Direction::Inbound, Carries::Tcp, 10, 20);
     metrics.closed(&ConnectionRecord { cause: Cause::Truncated, ..ended("spiffe://td.example/w") });
-    assert_eq!(value(&metrics, "portcullis_connections_open", &["inbound"]), Some(1.0));
-    assert_eq!(value(&metrics, "portcullis_connections_total", &["inbound", "truncated"]), Some(1.0));
-    assert_eq!(value(&metrics, "portcullis_bytes_total", &["inbound", "sent"]), Some(10.0));
-    assert_eq!(value(&metrics, "portcullis_bytes_total", &["inbound", "received"]), Some(20.0));
+    assert_eq!(value(&metrics, "portcullis_connections_open", &["inbound", TCP]), Some(1.0));
+    assert_eq!(value(&metrics, "portcullis_connections_total", &["inbound", TCP, "truncated"]), Some(1.0));
+    assert_eq!(value(&metrics, "portcullis_bytes_total", &["inbound", TCP, "sent"]), Some(10.0));
+    assert_eq!(value(&metrics, "portcullis_bytes_total", &["inbound", TCP, "received"]), Some(20.0));
     assert_eq!(value(&metrics, "portcullis_peer_connections_total", &["td.example/w"]), Some(1.0));
 }
 
@@ -250,8 +255,8 @@ fn two_proxies_of_one_process_count_apart() {
     let one = Metrics::new(&labels(), 10, false).unwrap();
     let two = Metrics::new(&labels(), 10, false).unwrap();
     one.opened(Direction::Inbound, Carries::Tcp);
-    assert_eq!(value(&one, "portcullis_connections_open", &["inbound"]), Some(1.0));
-    assert_eq!(value(&two, "portcullis_connections_open", &["inbound"]), Some(0.0));
+    assert_eq!(value(&one, "portcullis_connections_open", &["inbound", TCP]), Some(1.0));
+    assert_eq!(value(&two, "portcullis_connections_open", &["inbound", TCP]), Some(0.0));
 }
 
 /// Not a bench: it holds the cost far below a handshake's (some hundred microseconds) even in a debug build.
