@@ -231,6 +231,9 @@ pub(super) async fn sniff<S: AsyncRead + AsyncWrite + Unpin>(
         }
         Outcome::Detected(found) => {
             count(if found == Detected::Tls { "tls" } else { "opaque" });
+            if opaque.is_none() && found != Detected::Tls && !is_other_line(stream.ahead()) {
+                return Some((Some(Spoken::Http1), stream));
+            }
             if opaque.is_none() {
                 // Not HTTP's words for whoever speaks no HTTP: an orderly end.
                 connection.end(Cause::Protocol, "the first bytes are not HTTP");
@@ -261,6 +264,13 @@ pub(super) async fn sniff<S: AsyncRead + AsyncWrite + Unpin>(
         }
     };
     Some((spoken, stream))
+}
+
+/// Whether these bytes begin with a whole line that is none of HTTP/1; anything else may be a bad request of it, which is
+/// answered.
+fn is_other_line(bytes: &[u8]) -> bool {
+    let line = bytes.split_inclusive(|byte| *byte == b'\n').next().unwrap_or_default();
+    line.ends_with(b"\n") && !line.windows(6).any(|window| window == b"HTTP/1")
 }
 
 /// Dials the workload and says who comes, if that is asked for.

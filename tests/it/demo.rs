@@ -50,7 +50,7 @@ async fn the_demo_tells_its_whole_story_and_leaves_nothing() {
         assert!(out.lines().any(|told| told.ends_with(&line)), "{line}: {out}");
     }
     for text in [
-        " of the caller came through both sidecars",
+        ", the caller's, came through and is in the log",
         "206 requests, HTTP and gRPC, over ",
         "gRPC by status        0 1, 7 1\n",
     ] {

@@ -167,13 +167,10 @@ impl Story<'_, '_> {
 
     fn trace(&mut self, sent: &str, arrived: &[String]) -> io::Result<()> {
         let carried = arrived.len() == 2 && arrived.iter().all(|traceparent| trace_of(traceparent) == sent);
-        // What the log says is to be the same, where it says it.
         let line = self.journal.request("clinic", "inbound", "/patients/42").unwrap_or_default();
         let logged = line.get("trace_id").and_then(Value::as_str);
-        let same = logged.is_none_or(|logged| logged == sent);
-        let log = if logged.is_some() { ", and is in the log" } else { "" };
-        let what = format!("{sent} of the caller came through both sidecars{log}");
-        self.seen(Thing::Trace, carried && same, "trace", &what)
+        let what = format!("{sent}, the caller's, came through and is in the log");
+        self.seen(Thing::Trace, carried && logged == Some(sent), "trace", &what)
     }
 
     /// Many callers at once, to show what their requests have in common.

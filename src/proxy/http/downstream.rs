@@ -229,7 +229,7 @@ pub(in crate::proxy) async fn serve<S>(
     } else {
         let down = Arc::new(down);
         let most = u32::try_from(down.limits.max_header_bytes).unwrap_or(u32::MAX);
-        let (guarded, floods) = H2Guard::new(io, &FrameLimits::default(), most, MAX_FRAME_SIZE);
+        let (guarded, floods) = H2Guard::new(Lingering::new(io), &FrameLimits::default(), most, MAX_FRAME_SIZE);
         let mut end = http2(guarded, &down, &deadlines).await;
         if let Some(flood) = floods.flood() {
             end = (Cause::Protocol, flood.to_string());

@@ -191,7 +191,7 @@ async fn attempt(
     let Some(line) = lease.line() else {
         return Try::Unsent(Failed::new(RequestCause::Unreachable, "no connection"), head, body);
     };
-    if matches!(line, Line::Http1(_)) && exchange.grpc {
+    if matches!(line, Line::Http1(_)) && exchange.grpc && version == HttpVersion::Http2 {
         let failed = Failed::new(RequestCause::Unreachable, "gRPC needs HTTP/2, which the upstream does not speak");
         return Try::Lost(failed);
     }
