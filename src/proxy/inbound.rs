@@ -168,7 +168,8 @@ async fn carried(
     let detect = state.protocol == Protocol::Detect;
     let timeout = if detect { state.detect.timeout.0 } else { state.limits.idle_timeout.0 };
     let (spoken, stream) =
-        sniff(connection, stream, timeout, detect.then_some(state.detect.on_timeout), shared, Direction::Inbound).await?;
+        sniff(connection, stream, timeout, detect.then_some(state.detect.on_timeout), shared, Direction::Inbound)
+            .await?;
     Some((spoken, Proven { stream, peer }))
 }
 

@@ -152,7 +152,12 @@ pub(super) struct Stream {
 
 impl RequestBody {
     /// The body, and where its numbers stand.
-    pub(super) fn new(inner: Incoming, idle: Duration, forwarded: Forwarded, inbound: bool) -> (Self, Option<Arc<Meter>>) {
+    pub(super) fn new(
+        inner: Incoming,
+        idle: Duration,
+        forwarded: Forwarded,
+        inbound: bool,
+    ) -> (Self, Option<Arc<Meter>>) {
         if inner.is_end_stream() {
             return (Self::Empty, None);
         }

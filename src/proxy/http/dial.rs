@@ -58,11 +58,7 @@ pub(super) async fn dial(pool: &Arc<Pool>, endpoint: &Arc<Endpoint>, want: Want)
 }
 
 /// A place among the HTTP/1 connections of an address.
-async fn place(
-    endpoint: &Endpoint,
-    want: Want,
-    timeout: Duration,
-) -> Result<Option<OwnedSemaphorePermit>, Failed> {
+async fn place(endpoint: &Endpoint, want: Want, timeout: Duration) -> Result<Option<OwnedSemaphorePermit>, Failed> {
     if want == Want::Http2 {
         return Ok(None);
     }
@@ -135,7 +131,8 @@ async fn mesh(pool: &Arc<Pool>, endpoint: &Arc<Endpoint>, want: Want) -> Result<
     });
     let proof = Some(Arc::new(Proof { peer, local, negotiated }));
     let speaks2 = matches!(alpn, Alpn::Mesh | Alpn::H2);
-    let begun = begin(admitted.into_subject().into_stream(), speaks2, alpn == Alpn::Mesh, proof, retire_at, place).await;
+    let begun =
+        begin(admitted.into_subject().into_stream(), speaks2, alpn == Alpn::Mesh, proof, retire_at, place).await;
     let begun = begun.map_err(|error| {
         connection.end(Cause::Protocol, format!("{address}: {error}"));
         Failed::unreachable(&error, format!("{address}: {error}"))
@@ -254,10 +251,7 @@ async fn begin<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
                 .initial_connection_window_size(CONNECTION_WINDOW)
                 .max_header_list_size(u32::try_from(MAX_RESPONSE_HEAD).unwrap_or(u32::MAX));
             if proof.is_some() {
-                builder
-                    .keep_alive_interval(PING_AFTER)
-                    .keep_alive_timeout(PING_TIMEOUT)
-                    .keep_alive_while_idle(true);
+                builder.keep_alive_interval(PING_AFTER).keep_alive_timeout(PING_TIMEOUT).keep_alive_while_idle(true);
             }
             let (sender, driver) = builder.handshake(io).await?;
             Ok(Begun::Http2(Arc::new(Shared2::new(sender, mesh, proof, retire_at)), driver))

@@ -302,7 +302,6 @@ pub(super) enum Line<'a> {
 }
 
 impl Lease {
-
     /// Whether it had served a request before this one.
     pub(super) fn used_before(&self) -> bool {
         self.used_before

@@ -33,7 +33,8 @@ fn folds_to(name: &str, wanted: &str) -> bool {
 
 fn begins_folded(name: &str, wanted: &str) -> bool {
     // Names of a header map are in lower case already.
-    name.len() >= wanted.len() && name.bytes().zip(wanted.bytes()).all(|(is, want)| is == want || (is == b'_' && want == b'-'))
+    name.len() >= wanted.len()
+        && name.bytes().zip(wanted.bytes()).all(|(is, want)| is == want || (is == b'_' && want == b'-'))
 }
 
 fn is_forwarded(name: &str) -> bool {
@@ -230,7 +231,8 @@ mod tests {
 
     #[test]
     fn the_sender_is_added_to_what_is_there() {
-        let mut map = headers(&[("x-forwarded-for", "10.0.0.1"), ("x-forwarded-for", "10.0.0.2"), ("forwarded", "for=a")]);
+        let mut map =
+            headers(&[("x-forwarded-for", "10.0.0.1"), ("x-forwarded-for", "10.0.0.2"), ("forwarded", "for=a")]);
         append_forwarded(&mut map, Some("::1".parse().unwrap()), "https");
         assert_eq!(map["x-forwarded-for"], "10.0.0.1, 10.0.0.2, ::1");
         assert_eq!(map["forwarded"], "for=a, for=\"[::1]\";proto=https");

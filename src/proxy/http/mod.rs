@@ -27,5 +27,5 @@ mod service;
 mod tunnel;
 
 pub(super) use downstream::{Spoken, Way, serve};
-pub use pool::{Mesh, Pool};
 pub(super) use pool::WORKLOAD_TIMEOUT;
+pub use pool::{Mesh, Pool};

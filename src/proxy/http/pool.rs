@@ -145,7 +145,8 @@ impl Pool {
             eject_after: u32::MAX,
             ..Default::default()
         };
-        let pool = Self::new(shared, listener, Route::Workload { target, connect_timeout: WORKLOAD_TIMEOUT }, options, to);
+        let pool =
+            Self::new(shared, listener, Route::Workload { target, connect_timeout: WORKLOAD_TIMEOUT }, options, to);
         pool.endpoints.store(Arc::new(vec![Arc::new(Endpoint::new(At::Workload, pool.options.max_http1_connections))]));
         Ok(pool)
     }
@@ -269,14 +270,13 @@ impl Pool {
         if self.is_retired() {
             return Err(Failed::retired());
         }
-        let fit: Vec<&Arc<Endpoint>> = all
-            .iter()
-            .filter(|endpoint| endpoint.fit() && not.is_none_or(|not| !Arc::ptr_eq(endpoint, not)))
-            .collect();
+        let fit: Vec<&Arc<Endpoint>> =
+            all.iter().filter(|endpoint| endpoint.fit() && not.is_none_or(|not| !Arc::ptr_eq(endpoint, not))).collect();
         // Where none is fit, any may be: better a doubtful address than none.
         let candidates = if fit.is_empty() { all.iter().collect() } else { fit };
         let first = fastrand::usize(..candidates.len().max(1));
-        let second = (first + 1 + fastrand::usize(..candidates.len().saturating_sub(1).max(1))) % candidates.len().max(1);
+        let second =
+            (first + 1 + fastrand::usize(..candidates.len().saturating_sub(1).max(1))) % candidates.len().max(1);
         let chosen = match (candidates.get(first), candidates.get(second)) {
             (Some(a), Some(b)) if b.in_flight() < a.in_flight() => b,
             (Some(a), _) => a,

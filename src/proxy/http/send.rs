@@ -117,9 +117,11 @@ pub(super) async fn send(
             Try::Answered(response, lease) => {
                 let worth = retries.statuses.contains(&response.status().as_u16());
                 match copy {
-                    Some(copy) if worth && may_retry(exchange, &pool) => {
-                        (Failed::new(RequestCause::UpstreamReset, "a status worth another try"), copy, RequestBody::Empty)
-                    }
+                    Some(copy) if worth && may_retry(exchange, &pool) => (
+                        Failed::new(RequestCause::UpstreamReset, "a status worth another try"),
+                        copy,
+                        RequestBody::Empty,
+                    ),
                     _ => return Ok(Sent { response, lease, becomes }),
                 }
             }

@@ -277,8 +277,7 @@ fn reply(mut exchange: Box<Exchange>, sent: Sent, upgrade: Option<OnUpgrade>) ->
             parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
             parts.headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
         }
-        let tunnel =
-            Tunnel { down: own, up, exchange, lease, idle: down.idle, half_closed: down.half_closed };
+        let tunnel = Tunnel { down: own, up, exchange, lease, idle: down.idle, half_closed: down.half_closed };
         if down.spoken == Spoken::Http1 {
             down.set_tunnel(tunnel);
         } else {

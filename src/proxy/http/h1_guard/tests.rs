@@ -125,7 +125,10 @@ fn bad_heads_are_refused() {
                 "\u{16}\u{3}\u{1}\u{2}",
             ],
         ),
-        ("request line without a version", &["GET /\r\n", "GET /\r\nhost: a\r\n\r\n", "GET /\tHTTP/1.1\r\nhost: a\r\n\r\n"]),
+        (
+            "request line without a version",
+            &["GET /\r\n", "GET /\r\nhost: a\r\n\r\n", "GET /\tHTTP/1.1\r\nhost: a\r\n\r\n"],
+        ),
         (
             "invalid version",
             &[
@@ -193,7 +196,10 @@ fn bad_heads_are_refused() {
                 "CONNECT http://a:1 HTTP/1.1\r\nhost: a:1\r\n\r\n",
             ],
         ),
-        ("CONNECT without a port", &["CONNECT a HTTP/1.1\r\nhost: a\r\n\r\n", "CONNECT [::1] HTTP/1.1\r\nhost: a\r\n\r\n"]),
+        (
+            "CONNECT without a port",
+            &["CONNECT a HTTP/1.1\r\nhost: a\r\n\r\n", "CONNECT [::1] HTTP/1.1\r\nhost: a\r\n\r\n"],
+        ),
         (
             "CONNECT with a body",
             &[
@@ -225,7 +231,11 @@ fn bad_heads_are_refused() {
         ),
         (
             "obsolete line folding",
-            &["GET / HTTP/1.1\r\nhost: a\r\nx: a\r\n b\r\n\r\n", "GET / HTTP/1.1\r\n host: a\r\n\r\n", "GET / HTTP/1.1\r\nhost: a\r\n\t\r\n\r\n"],
+            &[
+                "GET / HTTP/1.1\r\nhost: a\r\nx: a\r\n b\r\n\r\n",
+                "GET / HTTP/1.1\r\n host: a\r\n\r\n",
+                "GET / HTTP/1.1\r\nhost: a\r\n\t\r\n\r\n",
+            ],
         ),
         (
             "white space before the colon",
@@ -334,9 +344,14 @@ fn bad_heads_are_refused() {
         ),
         (
             "more than one Transfer-Encoding",
-            &["POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"],
+            &[
+                "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+            ],
         ),
-        ("Transfer-Encoding in HTTP/1.0", &["POST / HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"]),
+        (
+            "Transfer-Encoding in HTTP/1.0",
+            &["POST / HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"],
+        ),
     ];
     for (reason, heads) in table {
         for head in *heads {
@@ -374,7 +389,10 @@ fn what_is_too_large_is_refused_as_such() {
     fails(format!("{}\r\n{host}{}\r\n", line(40), "x: y\r\n".repeat(4)).as_bytes(), 431, SMALL);
     // Limits that no byte can keep, and ones without an end, are no special case.
     let none = GuardLimits { max_request_line: 0, max_headers: 0, max_header_bytes: 0, ..SMALL };
-    assert_eq!(pass_cut(b"GET / HTTP/1.1\r\n", none).1, Ending::Refused(1, Refusal { status: 414, reason: "request line too long" }));
+    assert_eq!(
+        pass_cut(b"GET / HTTP/1.1\r\n", none).1,
+        Ending::Refused(1, Refusal { status: 414, reason: "request line too long" })
+    );
     let all = GuardLimits { max_request_line: usize::MAX, max_header_bytes: usize::MAX, ..SMALL };
     assert_eq!(pass_cut(good.as_bytes(), all), (good.clone().into_bytes(), Ending::Closed));
 }
@@ -468,7 +486,11 @@ fn broken_bodies_end_the_reading() {
         ("0\r\n", "field line without a colon", &["GET\r\n\r\n"]),
         ("0\r\n", "invalid field name", &["\r \r\n\r\n"]),
         ("0\r\n", "too many trailer fields", &["a: b\r\na: b\r\na: b\r\n\r\n"]),
-        ("0\r\n", "trailer section too large", &["a: 0123456789012345678901234567890123\r\n\r\n", "0123456789012345678901234567890123456789"]),
+        (
+            "0\r\n",
+            "trailer section too large",
+            &["a: 0123456789012345678901234567890123\r\n\r\n", "0123456789012345678901234567890123456789"],
+        ),
         (
             "0\r\n",
             "forbidden trailer field",
@@ -495,7 +517,8 @@ fn broken_bodies_end_the_reading() {
     }
     // The largest of everything passes.
     let limits = GuardLimits { max_header_bytes: 1000, ..SMALL };
-    let good = format!("{head}5;a123456789\r\nhello\r\n0\r\na: 01234567890123456789012345678\r\nb:\r\n\r\n").into_bytes();
+    let good =
+        format!("{head}5;a123456789\r\nhello\r\n0\r\na: 01234567890123456789012345678\r\nb:\r\n\r\n").into_bytes();
     assert_eq!(pass_cut(&good, limits), (good.clone(), Ending::Closed));
     let huge = format!("{head}7fffffffffffffff\r\nhello").into_bytes();
     assert_eq!(pass_cut(&huge, limits), (huge.clone(), Ending::Closed));

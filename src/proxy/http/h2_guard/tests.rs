@@ -87,7 +87,8 @@ const COUNTED: [(u8, Kind); 10] = [
 async fn every_kind_is_counted_by_itself_however_the_bytes_are_cut() {
     for (number, kind) in COUNTED {
         let limits = limits(kind, Rate { per_second: 0, burst: 2 });
-        let others: Vec<u8> = COUNTED.iter().filter(|(_, other)| *other != kind).flat_map(|it| frame(it.0, b"12")).collect();
+        let others: Vec<u8> =
+            COUNTED.iter().filter(|(_, other)| *other != kind).flat_map(|it| frame(it.0, b"12")).collect();
         // DATA, HEADERS and CONTINUATION are not counted, and payloads are not frames.
         let data = [frame(0, &frame(number, b"")), frame(1, &[number; 40]), frame(9, b"")].concat();
         let one = frame(number, b"12345");

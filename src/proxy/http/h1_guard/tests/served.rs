@@ -36,7 +36,8 @@ fn serve(limits: GuardLimits) -> (DuplexStream, Log, Arc<Semaphore>) {
     let service = service_fn(move |request: Request<Incoming>| {
         answer(request, handle.next_request(), Arc::clone(&seen), Arc::clone(&opened))
     });
-    let connection = http1::Builder::new().half_close(true).auto_date_header(false).serve_connection(TokioIo::new(guard), service);
+    let connection =
+        http1::Builder::new().half_close(true).auto_date_header(false).serve_connection(TokioIo::new(guard), service);
     tokio::spawn(connection.with_upgrades());
     (near, log, gate)
 }
@@ -201,7 +202,10 @@ async fn the_idle_time_counts_from_the_end_of_the_last_answer() {
 
 #[tokio::test(start_paused = true)]
 async fn a_tunnel_passes_anything_from_its_first_byte() {
-    for head in ["CONNECT a:1 HTTP/1.1\r\nhost: a:1\r\n\r\n", "GET /tunnel HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n"] {
+    for head in [
+        "CONNECT a:1 HTTP/1.1\r\nhost: a:1\r\n\r\n",
+        "GET /tunnel HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n",
+    ] {
         let (mut near, log, _gate) = serve(GuardLimits::default());
         // The first bytes of the tunnel are early: with the head in one write.
         let early = b"\0\n GET / HTTP/1.1\r\n";
@@ -234,7 +238,9 @@ fn naive(mut rest: &[u8]) -> Vec<Served> {
         let Some((served, body)) = naive_head(head) else { return all };
         let body = match body {
             None => naive_chunked(after),
-            Some(length) => usize::try_from(length).ok().and_then(|length| Some((after.get(..length)?.to_vec(), length))),
+            Some(length) => {
+                usize::try_from(length).ok().and_then(|length| Some((after.get(..length)?.to_vec(), length)))
+            }
         };
         let Some((body, length)) = body else {
             all.push(served);
@@ -287,11 +293,13 @@ fn naive_head(head: &[u8]) -> Option<(Served, Option<u64>)> {
         .map(|scheme| target[scheme.len()..].split(['/', '?']).next().unwrap().to_owned());
     let form = target.starts_with('/') || (target == "*" && method == "OPTIONS") || authority.is_some();
     // The sender below makes no CONNECT, and a mutation that does is not worth a reader.
-    if !naive_token(method) || method == "CONNECT" || !visible || !form || !["HTTP/1.0", "HTTP/1.1"].contains(&version) {
+    if !naive_token(method) || method == "CONNECT" || !visible || !form || !["HTTP/1.0", "HTTP/1.1"].contains(&version)
+    {
         return None;
     }
     let fields: Vec<_> = lines[1..].iter().map(|line| naive_field(line)).collect::<Option<_>>()?;
-    let all = |wanted: &str| fields.iter().filter(|(name, _)| name == wanted).map(|(_, value)| *value).collect::<Vec<_>>();
+    let all =
+        |wanted: &str| fields.iter().filter(|(name, _)| name == wanted).map(|(_, value)| *value).collect::<Vec<_>>();
     let (hosts, lengths, codings) = (all("host"), all("content-length"), all("transfer-encoding"));
     let host_good = match hosts[..] {
         [] => version == "HTTP/1.0",
@@ -318,7 +326,8 @@ fn naive_chunked(bytes: &[u8]) -> Option<(Vec<u8>, usize)> {
     loop {
         let end = rest.windows(2).position(|two| two == b"\r\n")?;
         let line = &naive_lines(&rest[..end])?[0];
-        let (size, extension) = line.split_once(';').map_or((&line[..], None), |(size, extension)| (size, Some(extension)));
+        let (size, extension) =
+            line.split_once(';').map_or((&line[..], None), |(size, extension)| (size, Some(extension)));
         if !(1..=16).contains(&size.len()) || !size.chars().all(|c| c.is_ascii_hexdigit()) {
             return None;
         }
@@ -351,20 +360,47 @@ fn naive_chunked(bytes: &[u8]) -> Option<(Vec<u8>, usize)> {
 fn mutated() -> impl Strategy<Value = Vec<u8>> {
     let request = proptest::sample::select(super::GOOD);
     let piece = proptest::sample::select(vec![
-        "\r", "\n", "\r\n", "\r\n\r\n", "\n\n", " ", "\t", ":", ";", ",", "\0", "0", "5", "0\r\n\r\n", "\u{e9}", "#", "+", "a",
-        "\r\n ", "Host: b\r\n", "Content-Length: 3\r\n", "content-length: 0\r\n", "Transfer-Encoding: chunked\r\n",
-        "transfer-encoding : chunked\r\n", "transfer-encoding: identity\r\n", "chunked, ", "HTTP/1.0", "GET / HTTP/1.1\r\n",
+        "\r",
+        "\n",
+        "\r\n",
+        "\r\n\r\n",
+        "\n\n",
+        " ",
+        "\t",
+        ":",
+        ";",
+        ",",
+        "\0",
+        "0",
+        "5",
+        "0\r\n\r\n",
+        "\u{e9}",
+        "#",
+        "+",
+        "a",
+        "\r\n ",
+        "Host: b\r\n",
+        "Content-Length: 3\r\n",
+        "content-length: 0\r\n",
+        "Transfer-Encoding: chunked\r\n",
+        "transfer-encoding : chunked\r\n",
+        "transfer-encoding: identity\r\n",
+        "chunked, ",
+        "HTTP/1.0",
+        "GET / HTTP/1.1\r\n",
     ]);
     let change = (any::<proptest::sample::Index>(), 0..4usize, proptest::option::of(piece));
-    (proptest::collection::vec(request, 1..4), proptest::collection::vec(change, 0..4)).prop_map(|(requests, changes)| {
-        let mut bytes = requests.concat().into_bytes();
-        for (at, removed, put) in changes {
-            let at = at.index(bytes.len() + 1);
-            let end = bytes.len().min(at + if put.is_some() { removed / 2 } else { removed });
-            bytes.splice(at..end, put.unwrap_or_default().bytes());
-        }
-        bytes
-    })
+    (proptest::collection::vec(request, 1..4), proptest::collection::vec(change, 0..4)).prop_map(
+        |(requests, changes)| {
+            let mut bytes = requests.concat().into_bytes();
+            for (at, removed, put) in changes {
+                let at = at.index(bytes.len() + 1);
+                let end = bytes.len().min(at + if put.is_some() { removed / 2 } else { removed });
+                bytes.splice(at..end, put.unwrap_or_default().bytes());
+            }
+            bytes
+        },
+    )
 }
 
 proptest! {
