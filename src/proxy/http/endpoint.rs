@@ -50,6 +50,8 @@ pub(super) struct Shared2 {
     /// No new requests from then on: the peer's SVID ends soon.
     pub(super) retire_at: Option<Instant>,
     streams: AtomicUsize,
+    /// Requests that the other side lets be under way on it, as far as it has said so.
+    pub(super) most: Arc<AtomicUsize>,
     gone: AtomicBool,
 }
 
@@ -67,6 +69,7 @@ impl Shared2 {
             proof,
             retire_at,
             streams: AtomicUsize::new(0),
+            most: Arc::new(AtomicUsize::new(usize::MAX)),
             gone: AtomicBool::new(false),
         }
     }
@@ -239,7 +242,7 @@ impl Endpoint {
             open.retain(|connection| connection.usable());
         }
         let least = open.iter().filter(|c| c.mesh || !mesh_only).min_by_key(|c| c.streams())?;
-        if least.streams() >= full && open.len() < most {
+        if least.streams() >= full.min(least.most.load(Ordering::Relaxed)) && open.len() < most {
             return None;
         }
         let least = Arc::clone(least);

@@ -80,11 +80,13 @@ pub(super) struct Failed {
     pub(super) retired: bool,
     /// The connection had served before and was closed by the other side.
     pub(super) stale: bool,
+    /// The other side said that it has not processed the request (RFC 9113, section 8.7).
+    pub(super) refused: bool,
 }
 
 impl Failed {
     pub(super) fn new(cause: RequestCause, detail: impl Into<String>) -> Self {
-        Self { cause, detail: detail.into(), retired: false, stale: false }
+        Self { cause, detail: detail.into(), retired: false, stale: false, refused: false }
     }
 
     pub(super) fn unreachable(error: &io::Error, detail: String) -> Self {
@@ -285,15 +287,22 @@ impl Pool {
         Ok(Arc::clone(chosen))
     }
 
-    /// A connection to this address that suits the request: one that is open, or a new one.
-    pub(super) async fn lease(self: &Arc<Self>, endpoint: &Arc<Endpoint>, want: Want) -> Result<Lease, Failed> {
+    /// A connection to this address that suits the request: one that is open, or a new one. A `fresh` one is no HTTP/1
+    /// connection that has been idle: where one of those has gone stale, others have.
+    pub(super) async fn lease(
+        self: &Arc<Self>,
+        endpoint: &Arc<Endpoint>,
+        want: Want,
+        fresh: bool,
+    ) -> Result<Lease, Failed> {
         let full = FULL;
         let most = self.options.max_http2_connections;
+        let idle = || if fresh { None } else { endpoint.take1() };
         let open = |want: Want| match want {
             Want::Tunnel => None,
             Want::Http2 => endpoint.take2(false, full, most),
-            Want::Http1 if self.is_workload() => endpoint.take1(),
-            Want::Http1 => endpoint.take2(true, full, most).or_else(|| endpoint.take1()),
+            Want::Http1 if self.is_workload() => idle(),
+            Want::Http1 => endpoint.take2(true, full, most).or_else(idle),
         };
         if let Some(lease) = open(want) {
             return Ok(lease);
