@@ -14,7 +14,7 @@ use tokio::sync::Semaphore;
 
 use super::budget::Budget;
 use super::dial;
-use super::endpoint::{At, Endpoint, Lease, Speaks};
+use super::endpoint::{At, Endpoint, Lease, Speaks, Taken};
 use crate::config::schema::{Connections, OutboundHttp};
 use crate::policy::Expected;
 use crate::proxy::listener::Shared;
@@ -298,29 +298,46 @@ impl Pool {
         let full = FULL;
         let most = self.options.max_http2_connections;
         let idle = || if fresh { None } else { endpoint.take1() };
+        let idle = || idle().map_or(Taken::None, Taken::Lease);
         let open = |want: Want| match want {
-            Want::Tunnel => None,
+            Want::Tunnel => Taken::None,
             Want::Http2 => endpoint.take2(false, full, most),
             Want::Http1 if self.is_workload() => idle(),
-            Want::Http1 => endpoint.take2(true, full, most).or_else(idle),
+            Want::Http1 => match endpoint.take2(true, full, most) {
+                Taken::None => idle(),
+                taken => taken,
+            },
         };
-        if let Some(lease) = open(want) {
-            return Ok(lease);
-        }
         let shared = match want {
             Want::Tunnel => false,
             Want::Http2 => true,
             Want::Http1 => !self.is_workload() && endpoint.speaks() != Speaks::Plain,
         };
-        if !shared {
-            return dial::dial(self, endpoint, want).await;
+        loop {
+            match open(want) {
+                Taken::Lease(lease) => return Ok(lease),
+                Taken::None if !shared => return dial::dial(self, endpoint, want).await,
+                Taken::None => {
+                    // What comes of this dial serves many, so one dials and the others wait for it.
+                    let _one = endpoint.dialling.lock().await;
+                    match open(want) {
+                        Taken::Lease(lease) => return Ok(lease),
+                        Taken::None => return dial::dial(self, endpoint, want).await,
+                        Taken::Full => {}
+                    }
+                }
+                Taken::Full => {
+                    let mut freed = std::pin::pin!(endpoint.freed());
+                    // Hears of what is freed from here on, also before it is waited for.
+                    freed.as_mut().enable();
+                    match open(want) {
+                        Taken::Lease(lease) => return Ok(lease),
+                        Taken::None => {}
+                        Taken::Full => freed.await,
+                    }
+                }
+            }
         }
-        // What comes of this dial serves many, so one dials and the others wait for it.
-        let _one = endpoint.dialling.lock().await;
-        if let Some(lease) = open(want) {
-            return Ok(lease);
-        }
-        dial::dial(self, endpoint, want).await
     }
 
     /// Takes down how a request at this address went.
