@@ -11,6 +11,7 @@ use portcullis::config::schema::{Config, PostQuantum, SvidKeys, TlsConfig};
 use portcullis::identity::keeper::Current;
 use portcullis::identity::{Identity, Svid, TrustBundles, TrustDomain};
 use portcullis::policy::{Decision, Expected, Policy};
+use portcullis::proxy::inherited::Inherited;
 use portcullis::proxy::record::{Carries, ConnectionRecord, Event, Observer, RequestRecord};
 use portcullis::tls::record::{Direction, HandshakeRecord};
 use portcullis::tls::{ClientTls, Profile, ServerTls, Trust};
@@ -203,7 +204,9 @@ impl Node {
             portcullis::config::parse(&format!("identity: unix:///run/x.sock\n{yaml}"), "bench").unwrap().config;
         let current = Current { identity: Some(identity), ..Current::default() };
         let (sender, receiver) = watch::channel(current);
-        let proxy = Proxy::start(config, receiver, Arc::new(Blind), Clock::system(), workers.handle()).unwrap();
+        let proxy =
+            Proxy::start(config, receiver, Arc::new(Blind), Clock::system(), workers.handle(), &mut Inherited::none())
+                .unwrap();
         Self { proxy, _current: sender }
     }
 

@@ -62,6 +62,15 @@ pub struct Server {
 }
 
 impl Server {
+    /// Serves on a socket that is bound already.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn from_listener(listener: TcpListener) -> io::Result<Self> {
+        let address = listener.local_addr()?;
+        Ok(Self { listener, address })
+    }
+
     /// Binds.
     ///
     /// # Errors

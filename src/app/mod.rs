@@ -26,6 +26,7 @@ use crate::identity::Identity;
 use crate::identity::keeper::Current;
 use crate::policy::{Expected, Policy};
 use crate::proxy::http::{Mesh, Pool};
+use crate::proxy::inherited::Inherited;
 use crate::proxy::listener::{Address, Inbound, InboundState, Listener, Outbound, OutboundState, Shared};
 use crate::proxy::record::{Cause, Observer};
 use crate::proxy::registry::Registry;
@@ -97,7 +98,7 @@ pub struct ListenerInfo {
 }
 
 impl Proxy {
-    /// Binds the listeners of a config and begins to serve on `traffic`, as far as `current` allows.
+    /// Binds the listeners of a config, or claims the sockets that were `inherited` for them, and begins to serve on `traffic`, as far as `current` allows.
     ///
     /// # Errors
     /// The profile cannot be had, a target cannot be read, or an address cannot be bound.
@@ -107,6 +108,7 @@ impl Proxy {
         observer: Arc<dyn Observer>,
         clock: Clock,
         traffic: Handle,
+        inherited: &mut Inherited,
     ) -> Result<Arc<Self>, ApplyError> {
         let profile = profile_of(&config)?;
         let shared = Arc::new(Shared {
@@ -129,7 +131,7 @@ impl Proxy {
         };
         let proxy =
             Arc::new(Self { shared, current, traffic, house: Mutex::new(house), published: watch::Sender::new(false) });
-        proxy.apply(config)?;
+        proxy.apply_on(config, inherited)?;
         Ok(proxy)
     }
 
@@ -197,6 +199,10 @@ impl Proxy {
     /// # Errors
     /// What cannot be had; nothing has changed then.
     pub fn apply(self: &Arc<Self>, config: Config) -> Result<(), ApplyError> {
+        self.apply_on(config, &mut Inherited::none())
+    }
+
+    fn apply_on(self: &Arc<Self>, config: Config, inherited: &mut Inherited) -> Result<(), ApplyError> {
         let _runtime = self.traffic.enter();
         let mut house = self.house();
         let profile = profile_of(&config)?;
@@ -218,8 +224,8 @@ impl Proxy {
             .collect::<Result<Vec<_>, ApplyError>>()?;
         // An address that moves from one listener to another is free only once the old one is closed; binding with
         // SO_REUSEADDR does not help there, so such a swap is refused here and works in two steps.
-        let new_inbound = bind_new(&inbound, &house.inbound)?;
-        let new_outbound = bind_new(&outbound, &house.outbound)?;
+        let new_inbound = bind_new(&inbound, &house.inbound, inherited)?;
+        let new_outbound = bind_new(&outbound, &house.outbound, inherited)?;
         let same_profile = house.config.tls == config.tls;
         if !same_profile {
             house.profile = profile;
@@ -238,24 +244,38 @@ impl Proxy {
         });
         let identity = self.current.borrow().identity.clone();
         self.renew_trust(&mut house, identity.as_ref());
-        for (name, declared, listener) in new_inbound {
+        for New { name, declared, listener, patient } in new_inbound {
             let Some(state) = house.inbound_state(&name, identity.as_ref(), &self.shared) else { continue };
             let serving = Arc::new(Inbound { name: name.as_str().into(), state: ArcSwap::from_pointee(state) });
             let (stop, stopped) = watch::channel(false);
             let bound = listener.local_address().unwrap_or_else(|_| declared.clone());
-            self.traffic.spawn(Arc::clone(&serving).run(listener, Arc::clone(&self.shared), stopped));
+            self.spawn(patient, stopped.clone(), Arc::clone(&serving).run(listener, Arc::clone(&self.shared), stopped));
             house.inbound.insert(name, Running { listener: serving, declared, bound, stop });
         }
-        for (name, declared, listener) in new_outbound {
+        for New { name, declared, listener, patient } in new_outbound {
             let Some(state) = house.outbound_state(&name, identity.as_ref(), &self.shared) else { continue };
             let serving = Arc::new(Outbound { name: name.as_str().into(), state: ArcSwap::from_pointee(state) });
             let (stop, stopped) = watch::channel(false);
             let bound = listener.local_address().unwrap_or_else(|_| declared.clone());
-            self.traffic.spawn(Arc::clone(&serving).run(listener, Arc::clone(&self.shared), stopped));
+            self.spawn(patient, stopped.clone(), Arc::clone(&serving).run(listener, Arc::clone(&self.shared), stopped));
             house.outbound.insert(name, Running { listener: serving, declared, bound, stop });
         }
         self.publish(&mut house, identity);
         Ok(())
+    }
+
+    /// Starts a listener; a patient one once connections can be served.
+    fn spawn(&self, patient: bool, mut stop: watch::Receiver<bool>, run: impl Future<Output = ()> + Send + 'static) {
+        let mut serving = self.published.subscribe();
+        self.traffic.spawn(async move {
+            if patient {
+                tokio::select! {
+                    _ = serving.wait_for(|serving| *serving) => {}
+                    _ = stop.wait_for(|stop| *stop) => {}
+                }
+            }
+            run.await;
+        });
     }
 
     /// Follows the identity for ever: every change is published as it comes.
@@ -479,18 +499,31 @@ fn profile_of(config: &Config) -> Result<Arc<Profile>, ApplyError> {
     Profile::from_config(&config.tls).map(Arc::new).map_err(|error| ApplyError(error.to_string()))
 }
 
-/// Binds the listeners that are new or have moved.
+/// A listener that has its socket and nothing else yet.
+struct New {
+    name: String,
+    declared: Address,
+    listener: Listener,
+    /// Whether nothing is accepted before it can be served: another process may be serving on the same socket.
+    patient: bool,
+}
+
+/// Binds the listeners that are new or have moved, unless their sockets are there.
 fn bind_new<L>(
     declared: &[(String, Address)],
     running: &BTreeMap<String, Running<L>>,
-) -> Result<Vec<(String, Address, Listener)>, ApplyError> {
+    inherited: &mut Inherited,
+) -> Result<Vec<New>, ApplyError> {
     declared
         .iter()
         .filter(|(name, address)| running.get(name).is_none_or(|running| running.declared != *address))
         .map(|(name, address)| {
-            let listener =
-                Listener::bind(address).map_err(|error| ApplyError(format!("listener '{name}': {error}")))?;
-            Ok((name.clone(), address.clone(), listener))
+            let explain = |error: std::io::Error| ApplyError(format!("listener '{name}': {error}"));
+            let (listener, bound) = match inherited.claim(address).map_err(explain)? {
+                Some(listener) => (listener, false),
+                None => (Listener::bind(address).map_err(explain)?, true),
+            };
+            Ok(New { name: name.clone(), declared: address.clone(), listener, patient: !bound })
         })
         .collect()
 }

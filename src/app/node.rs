@@ -19,6 +19,7 @@ use crate::config::Config;
 use crate::identity::keeper::{Current, Keeper, KeeperOptions};
 use crate::identity::source::Source;
 use crate::policy::Decision;
+use crate::proxy::inherited::Inherited;
 use crate::proxy::record::{Carries, ConnectionRecord, Event, Observer, RequestRecord};
 use crate::telemetry::{Metrics, Traces, access};
 use crate::tls::Profile;
@@ -85,14 +86,24 @@ impl Observer for Sight {
 }
 
 impl Node {
-    /// Starts everything. The listeners are bound when this returns; they serve once an identity has come.
+    /// Starts everything, on sockets that were `inherited` where there are such. The listeners are bound when this returns; they serve once an identity has come.
     ///
     /// # Errors
     /// An address cannot be bound, or the profile cannot be had; in words.
-    pub async fn start(config: Config, source: Box<dyn Source>, clock: Clock, traffic: Handle) -> Result<Self, String> {
+    pub async fn start(
+        config: Config,
+        source: Box<dyn Source>,
+        clock: Clock,
+        traffic: Handle,
+        mut inherited: Inherited,
+    ) -> Result<Self, String> {
         let readiness = Readiness::default();
         let waiting = readiness.wait_for("identity");
-        let server = Server::bind(config.admin.listen).await.map_err(|error| error.to_string())?;
+        let server = match inherited.claim_tcp(config.admin.listen).map_err(|error| error.to_string())? {
+            Some(listener) => Server::from_listener(listener),
+            None => Server::bind(config.admin.listen).await,
+        };
+        let server = server.map_err(|error| error.to_string())?;
         let admin = server.local_addr();
         let options = KeeperOptions::from_config(&config.identity, config.tls.svid_keys);
         let (keeper, current) = Keeper::new(options, clock.clone());
@@ -103,8 +114,9 @@ impl Node {
         let traces = traces.map(|declared| metrics.traces(declared, &config.labels)).transpose()?;
         let sight = Arc::new(Sight { metrics, access_log: config.telemetry.access_log.into(), traces });
         let observer = Arc::clone(&sight) as Arc<dyn Observer>;
-        let proxy =
-            Proxy::start(config, current.clone(), observer, clock, traffic.clone()).map_err(|e| e.to_string())?;
+        let proxy = Proxy::start(config, current.clone(), observer, clock, traffic.clone(), &mut inherited);
+        let proxy = proxy.map_err(|error| error.to_string())?;
+        inherited.close_rest();
         let mut tasks = JoinSet::new();
         tasks.spawn(keeper.run(source));
         tasks.spawn(Arc::clone(&proxy).follow());

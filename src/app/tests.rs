@@ -68,6 +68,7 @@ impl Node {
             Arc::clone(&seen) as _,
             time.clock(),
             tokio::runtime::Handle::current(),
+            &mut crate::proxy::inherited::Inherited::none(),
         )
         .unwrap();
         tokio::spawn(Arc::clone(&proxy).follow());

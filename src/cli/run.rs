@@ -11,6 +11,7 @@ use crate::app::Node;
 use crate::app::source::source_of;
 use crate::clock::Clock;
 use crate::config::{Loaded, Watcher, load};
+use crate::proxy::inherited::Inherited;
 use crate::telemetry::log::Log;
 
 /// Arguments of `run`.
@@ -26,6 +27,8 @@ pub struct RunArgs {
 /// # Errors
 /// Why it could not start, or why it ended.
 pub fn run(args: &RunArgs) -> Outcome {
+    // Before anything else is opened: they are known by the numbers of their descriptors.
+    let inherited = Inherited::take();
     let loaded = load(&args.config)?;
     let log = Log::start(&loaded.config.telemetry).map_err(Failure::new)?;
     for warning in &loaded.warnings {
@@ -41,7 +44,7 @@ pub fn run(args: &RunArgs) -> Outcome {
         .enable_all()
         .build()
         .map_err(Failure::new)?;
-    let outcome = control.block_on(serve(&args.config, loaded, &log, traffic.handle().clone()));
+    let outcome = control.block_on(serve(&args.config, loaded, &log, traffic.handle().clone(), inherited));
     log.flush();
     traffic.shutdown_background();
     control.shutdown_background();
@@ -66,14 +69,20 @@ pub(super) fn traffic_runtime(threads: Option<usize>) -> Result<Runtime, Failure
     builder.thread_name("traffic").enable_all().build().map_err(Failure::new)
 }
 
-async fn serve(path: &Path, loaded: Loaded, log: &Log, traffic: tokio::runtime::Handle) -> Outcome {
+async fn serve(
+    path: &Path,
+    loaded: Loaded,
+    log: &Log,
+    traffic: tokio::runtime::Handle,
+    inherited: Inherited,
+) -> Outcome {
     let mut terminate = signal(SignalKind::terminate()).map_err(Failure::new)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::new)?;
     let mut hangup = signal(SignalKind::hangup()).map_err(Failure::new)?;
     let mut watcher = Watcher::new(path, &loaded.digest);
     let clock = Clock::system();
     let source = source_of(&loaded.config.identity, &clock).map_err(Failure::new)?;
-    let node = Node::start(loaded.config, source, clock, traffic).await.map_err(Failure::new)?;
+    let node = Node::start(loaded.config, source, clock, traffic, inherited).await.map_err(Failure::new)?;
     for listener in node.proxy().listeners() {
         tracing::info!(
             listener = listener.name,

@@ -272,17 +272,29 @@ impl fmt::Display for Address {
 pub enum Listener {
     /// TCP.
     Tcp(TcpListener),
-    /// A Unix socket, removed when dropped.
+    /// A Unix socket; its file is removed when dropped if we made it.
     Unix(UnixListener, SocketFile),
 }
 
-/// The file of a Unix socket of ours.
+/// The file of a Unix socket.
 #[derive(Debug)]
-pub struct SocketFile(PathBuf);
+pub struct SocketFile {
+    path: PathBuf,
+    ours: bool,
+}
+
+impl SocketFile {
+    /// Of a socket that somebody else has made, and removes.
+    pub(super) fn foreign(path: PathBuf) -> Self {
+        Self { path, ours: false }
+    }
+}
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        if self.ours {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -310,7 +322,7 @@ impl Listener {
                     let _ = std::fs::remove_file(path);
                 }
                 let listener = UnixListener::bind(path).map_err(explain)?;
-                Ok(Self::Unix(listener, SocketFile(path.clone())))
+                Ok(Self::Unix(listener, SocketFile { path: path.clone(), ours: true }))
             }
         }
     }
@@ -322,7 +334,7 @@ impl Listener {
     pub fn local_address(&self) -> io::Result<Address> {
         match self {
             Self::Tcp(listener) => listener.local_addr().map(Address::Tcp),
-            Self::Unix(_, file) => Ok(Address::Unix(file.0.clone())),
+            Self::Unix(_, file) => Ok(Address::Unix(file.path.clone())),
         }
     }
 

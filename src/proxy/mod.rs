@@ -8,6 +8,7 @@ mod connection;
 pub mod detect;
 pub mod http;
 mod inbound;
+pub mod inherited;
 mod io;
 pub mod listener;
 mod outbound;

@@ -13,6 +13,7 @@
 
 mod client;
 mod harness;
+mod load;
 mod pair;
 mod seen;
 #[path = "../../src/testing.rs"]
@@ -36,6 +37,8 @@ mod operations;
 mod peers;
 mod policy;
 mod postgres;
+mod resilience;
+mod restart;
 mod rotation;
 mod sight;
 mod spiffe;

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use hyper::client::conn::{http1, http2};
@@ -226,7 +227,13 @@ impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Begun<T> {
                 endpoint.lend1(connection, false)
             }
             Self::Http2(connection, driver) => {
-                tokio::spawn(drive(Box::pin(driver)));
+                let most = Arc::clone(&connection.most);
+                let mut driver = Box::pin(driver);
+                tokio::spawn(drive(Box::pin(std::future::poll_fn(move |cx| {
+                    let ended = driver.as_mut().poll(cx);
+                    most.store(driver.current_max_send_streams(), Ordering::Relaxed);
+                    ended
+                }))));
                 endpoint.share2(&connection);
                 endpoint.lend2(connection, false)
             }

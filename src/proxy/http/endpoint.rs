@@ -50,6 +50,8 @@ pub(super) struct Shared2 {
     /// No new requests from then on: the peer's SVID ends soon.
     pub(super) retire_at: Option<Instant>,
     streams: AtomicUsize,
+    /// Requests that the other side lets be under way on it, as far as it has said so.
+    pub(super) most: Arc<AtomicUsize>,
     gone: AtomicBool,
 }
 
@@ -67,6 +69,7 @@ impl Shared2 {
             proof,
             retire_at,
             streams: AtomicUsize::new(0),
+            most: Arc::new(AtomicUsize::new(usize::MAX)),
             gone: AtomicBool::new(false),
         }
     }
@@ -75,6 +78,12 @@ impl Shared2 {
         !self.gone.load(Ordering::Relaxed)
             && !self.sender.is_closed()
             && self.retire_at.is_none_or(|at| Instant::now() < at)
+    }
+
+    /// Whether the other side takes one more request on it; more than it takes would wait here for those that are there,
+    /// however long they live.
+    fn has_room(&self) -> bool {
+        self.streams() < self.most.load(Ordering::Relaxed)
     }
 
     /// Requests under way on it.
@@ -135,6 +144,8 @@ pub(super) struct Endpoint {
     /// One dials at a time where many would share what comes of it.
     pub(super) dialling: tokio::sync::Mutex<()>,
     pub(super) places1: Arc<tokio::sync::Semaphore>,
+    /// Told when a request on an HTTP/2 connection is over, or the connection is.
+    freed: tokio::sync::Notify,
 }
 
 impl Endpoint {
@@ -151,6 +162,7 @@ impl Endpoint {
             open2: Mutex::default(),
             dialling: tokio::sync::Mutex::new(()),
             places1: Arc::new(tokio::sync::Semaphore::new(max_http1)),
+            freed: tokio::sync::Notify::new(),
         }
     }
 
@@ -232,19 +244,30 @@ impl Endpoint {
         self.idle1.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
     }
 
-    /// The HTTP/2 connection with the fewest requests, if it has room or no further one may be opened.
-    pub(super) fn take2(self: &Arc<Self>, mesh_only: bool, full: usize, most: usize) -> Option<Lease> {
+    /// The HTTP/2 connection with the fewest requests, if it is not full or no further one may be opened; among those on
+    /// which the other side takes one more.
+    pub(super) fn take2(self: &Arc<Self>, mesh_only: bool, full: usize, most: usize) -> Taken {
         let mut open = self.open2.lock().unwrap_or_else(PoisonError::into_inner);
         if open.iter().any(|connection| !connection.usable()) {
             open.retain(|connection| connection.usable());
         }
-        let least = open.iter().filter(|c| c.mesh || !mesh_only).min_by_key(|c| c.streams())?;
-        if least.streams() >= full && open.len() < most {
-            return None;
+        let mut suited = open.iter().filter(|connection| connection.mesh || !mesh_only).peekable();
+        let none = suited.peek().is_none();
+        let least = suited.filter(|connection| connection.has_room()).min_by_key(|connection| connection.streams());
+        match least {
+            Some(least) if least.streams() < full || open.len() >= most => {
+                let least = Arc::clone(least);
+                drop(open);
+                Taken::Lease(self.lend2(least, true))
+            }
+            None if !none && open.len() >= most => Taken::Full,
+            _ => Taken::None,
         }
-        let least = Arc::clone(least);
-        drop(open);
-        Some(self.lend2(least, true))
+    }
+
+    /// Waits until a request on an HTTP/2 connection is over.
+    pub(super) fn freed(&self) -> tokio::sync::futures::Notified<'_> {
+        self.freed.notified()
     }
 
     pub(super) fn lend2(self: &Arc<Self>, connection: Arc<Shared2>, used_before: bool) -> Lease {
@@ -265,6 +288,7 @@ impl Endpoint {
         }
         open.retain(|connection| connection.number != number);
         drop(open);
+        self.freed.notify_waiters();
         self.idle1.lock().unwrap_or_else(PoisonError::into_inner).retain(|connection| connection.number != number);
     }
 
@@ -278,6 +302,17 @@ impl Endpoint {
             .retain(|connection| fresh(connection.since) && !connection.sender.is_closed());
         self.open2.lock().unwrap_or_else(PoisonError::into_inner).retain(|connection| connection.usable());
     }
+}
+
+/// What became of asking for an open connection.
+#[derive(Debug)]
+pub(super) enum Taken {
+    /// Here it is.
+    Lease(Lease),
+    /// None is open that suits: another one may be opened.
+    None,
+    /// No further one may be opened, and those that are open have no room.
+    Full,
 }
 
 #[derive(Debug)]
@@ -347,6 +382,7 @@ impl Drop for Lease {
         self.endpoint.in_flight.fetch_sub(1, Ordering::Relaxed);
         if let Lent::Http2(connection) = &self.lent {
             connection.streams.fetch_sub(1, Ordering::Relaxed);
+            self.endpoint.freed.notify_one();
         }
     }
 }

@@ -14,7 +14,7 @@ use tokio::sync::Semaphore;
 
 use super::budget::Budget;
 use super::dial;
-use super::endpoint::{At, Endpoint, Lease, Speaks};
+use super::endpoint::{At, Endpoint, Lease, Speaks, Taken};
 use crate::config::schema::{Connections, OutboundHttp};
 use crate::policy::Expected;
 use crate::proxy::listener::Shared;
@@ -80,11 +80,13 @@ pub(super) struct Failed {
     pub(super) retired: bool,
     /// The connection had served before and was closed by the other side.
     pub(super) stale: bool,
+    /// The other side said that it has not processed the request (RFC 9113, section 8.7).
+    pub(super) refused: bool,
 }
 
 impl Failed {
     pub(super) fn new(cause: RequestCause, detail: impl Into<String>) -> Self {
-        Self { cause, detail: detail.into(), retired: false, stale: false }
+        Self { cause, detail: detail.into(), retired: false, stale: false, refused: false }
     }
 
     pub(super) fn unreachable(error: &io::Error, detail: String) -> Self {
@@ -285,33 +287,57 @@ impl Pool {
         Ok(Arc::clone(chosen))
     }
 
-    /// A connection to this address that suits the request: one that is open, or a new one.
-    pub(super) async fn lease(self: &Arc<Self>, endpoint: &Arc<Endpoint>, want: Want) -> Result<Lease, Failed> {
+    /// A connection to this address that suits the request: one that is open, or a new one. A `fresh` one is no HTTP/1
+    /// connection that has been idle: where one of those has gone stale, others have.
+    pub(super) async fn lease(
+        self: &Arc<Self>,
+        endpoint: &Arc<Endpoint>,
+        want: Want,
+        fresh: bool,
+    ) -> Result<Lease, Failed> {
         let full = FULL;
         let most = self.options.max_http2_connections;
+        let idle = || if fresh { None } else { endpoint.take1() };
+        let idle = || idle().map_or(Taken::None, Taken::Lease);
         let open = |want: Want| match want {
-            Want::Tunnel => None,
+            Want::Tunnel => Taken::None,
             Want::Http2 => endpoint.take2(false, full, most),
-            Want::Http1 if self.is_workload() => endpoint.take1(),
-            Want::Http1 => endpoint.take2(true, full, most).or_else(|| endpoint.take1()),
+            Want::Http1 if self.is_workload() => idle(),
+            Want::Http1 => match endpoint.take2(true, full, most) {
+                Taken::None => idle(),
+                taken => taken,
+            },
         };
-        if let Some(lease) = open(want) {
-            return Ok(lease);
-        }
         let shared = match want {
             Want::Tunnel => false,
             Want::Http2 => true,
             Want::Http1 => !self.is_workload() && endpoint.speaks() != Speaks::Plain,
         };
-        if !shared {
-            return dial::dial(self, endpoint, want).await;
+        loop {
+            match open(want) {
+                Taken::Lease(lease) => return Ok(lease),
+                Taken::None if !shared => return dial::dial(self, endpoint, want).await,
+                Taken::None => {
+                    // What comes of this dial serves many, so one dials and the others wait for it.
+                    let _one = endpoint.dialling.lock().await;
+                    match open(want) {
+                        Taken::Lease(lease) => return Ok(lease),
+                        Taken::None => return dial::dial(self, endpoint, want).await,
+                        Taken::Full => {}
+                    }
+                }
+                Taken::Full => {
+                    let mut freed = std::pin::pin!(endpoint.freed());
+                    // Hears of what is freed from here on, also before it is waited for.
+                    freed.as_mut().enable();
+                    match open(want) {
+                        Taken::Lease(lease) => return Ok(lease),
+                        Taken::None => {}
+                        Taken::Full => freed.await,
+                    }
+                }
+            }
         }
-        // What comes of this dial serves many, so one dials and the others wait for it.
-        let _one = endpoint.dialling.lock().await;
-        if let Some(lease) = open(want) {
-            return Ok(lease);
-        }
-        dial::dial(self, endpoint, want).await
     }
 
     /// Takes down how a request at this address went.

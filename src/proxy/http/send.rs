@@ -95,13 +95,15 @@ pub(super) async fn send(
     let mut pool = Arc::clone(pool);
     let mut failed_at: Option<Arc<Endpoint>> = None;
     let mut again = 0;
+    let mut fresh = false;
     loop {
         let left = again < retries.attempts;
-        let copy = (left && resendable(&head, &body)).then(|| head.clone());
+        let idempotent = idempotent(&head.method);
+        let copy = (left && body.is_empty() && becomes == Becomes::Request).then(|| head.clone());
         let endpoint = pool.pick(failed_at.as_ref()).await;
         let outcome = match endpoint {
             Ok(endpoint) => {
-                let outcome = attempt(exchange, &pool, &endpoint, want, head, body, deadline).await;
+                let outcome = attempt(exchange, &pool, &endpoint, want, fresh, head, body, deadline).await;
                 let well = match &outcome {
                     Try::Answered(response, _) => !matches!(response.status().as_u16(), 502..=504),
                     Try::Unsent(failed, ..) | Try::Lost(failed) => failed.blameless(),
@@ -117,7 +119,7 @@ pub(super) async fn send(
             Try::Answered(response, lease) => {
                 let worth = retries.statuses.contains(&response.status().as_u16());
                 match copy {
-                    Some(copy) if worth && may_retry(exchange, &pool) => (
+                    Some(copy) if worth && idempotent && may_retry(exchange, &pool) => (
                         Failed::new(RequestCause::UpstreamReset, "a status worth another try"),
                         copy,
                         RequestBody::Empty,
@@ -133,16 +135,24 @@ pub(super) async fn send(
                 }
                 _ => return Err(failed),
             },
+            // That a connection had gone stale is no failure of the upstream, and costs it nothing: the budget is for those.
+            Try::Unsent(failed, head, body) if left && failed.stale => {
+                told(exchange, &pool, Event::Retried);
+                (failed, head, body)
+            }
             Try::Unsent(failed, head, body) if left && failed.worth_retry() && may_retry(exchange, &pool) => {
                 (failed, head, body)
             }
             Try::Lost(failed) => match copy {
-                Some(copy) if failed.worth_retry() && may_retry(exchange, &pool) => (failed, copy, RequestBody::Empty),
+                Some(copy) if (idempotent || failed.refused) && failed.worth_retry() && may_retry(exchange, &pool) => {
+                    (failed, copy, RequestBody::Empty)
+                }
                 _ => return Err(failed),
             },
             Try::Unsent(failed, ..) => return Err(failed),
         };
         again += 1;
+        fresh = failed.stale;
         // A connection that had gone stale says nothing about the address: no wait for that.
         if !failed.stale && !failed.retired {
             let wait = backoff(again, retries.backoff.0, retries.max_backoff.0);
@@ -155,32 +165,32 @@ pub(super) async fn send(
 }
 
 /// Whether a request may be sent again although it may have arrived.
-fn resendable(head: &Head, body: &RequestBody) -> bool {
-    body.is_empty()
-        && head.becomes == Becomes::Request
-        && matches!(
-            head.method,
-            Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE
-        )
+fn idempotent(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE)
 }
 
 fn may_retry(exchange: &Exchange, pool: &Pool) -> bool {
     let allowed = pool.budget.try_retry(Instant::now());
-    let event = if allowed { Event::Retried } else { Event::RetryRefused };
-    exchange.down.shared.observer.event(exchange.down.direction(), &pool.listener, event);
+    told(exchange, pool, if allowed { Event::Retried } else { Event::RetryRefused });
     allowed
 }
 
+fn told(exchange: &Exchange, pool: &Pool, event: Event) {
+    exchange.down.shared.observer.event(exchange.down.direction(), &pool.listener, event);
+}
+
+#[allow(clippy::too_many_arguments, reason = "one call, and what is moved into it comes back out of it")]
 async fn attempt(
     exchange: &mut Exchange,
     pool: &Arc<Pool>,
     endpoint: &Arc<Endpoint>,
     want: Want,
+    fresh: bool,
     head: Head,
     body: RequestBody,
     deadline: Option<Instant>,
 ) -> Try {
-    let leased = within(exchange, deadline, pool.lease(endpoint, want)).await;
+    let leased = within(exchange, deadline, pool.lease(endpoint, want, fresh)).await;
     let mut lease = match leased {
         Ok(Ok(lease)) => lease,
         Ok(Err(failed)) | Err(failed) => return Try::Unsent(failed, head, body),
@@ -212,7 +222,10 @@ async fn attempt(
             let unsent = error.take_message();
             let error = error.into_error();
             let mut failed = Failed::new(RequestCause::UpstreamReset, describe(&error));
-            failed.stale = used_before;
+            let reset = reset_of(&error);
+            // A stream that was reset says that its connection lives.
+            failed.stale = used_before && reset.is_none();
+            failed.refused = reset == Some(h2::Reason::REFUSED_STREAM);
             match unsent {
                 Some(request) => {
                     failed.cause = RequestCause::Unreachable;
@@ -224,6 +237,12 @@ async fn attempt(
         }
         Err(failed) => Try::Lost(failed),
     }
+}
+
+/// Why the other side reset the request's stream, if that is what happened.
+fn reset_of(error: &hyper::Error) -> Option<h2::Reason> {
+    let error = std::error::Error::source(error)?.downcast_ref::<h2::Error>()?;
+    error.reason().filter(|_| error.is_reset() && error.is_remote())
 }
 
 fn describe(error: &hyper::Error) -> String {
