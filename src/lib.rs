@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! listener ─ Accepted ─ tls::server ─ Authenticated ─ policy ─ Admitted ─ proxy::tcp ─ upstream
+//!                                          └ proxy::http ─ policy ─ Admitted, each request ─ pool ─ upstream
 //! ```
 //!
 //! The rooms, from the outside in: [`cli`] → [`app`] → [`admin`], [`proxy`] → [`policy`], [`tls`] → [`identity`] →
