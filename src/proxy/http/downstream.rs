@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::dial::{CONNECTION_WINDOW, STREAM_WINDOW};
 use super::h1_guard::{GuardHandle, GuardLimits, H1Guard};
-use super::h2_guard::{FrameLimits, H2Guard};
+use super::h2_guard::{FloodHandle, FrameLimits, H2Guard};
 use super::linger::Lingering;
 use super::service;
 use super::tunnel::Tunnel;
@@ -230,7 +230,7 @@ pub(in crate::proxy) async fn serve<S>(
         let down = Arc::new(down);
         let most = u32::try_from(down.limits.max_header_bytes).unwrap_or(u32::MAX);
         let (guarded, floods) = H2Guard::new(Lingering::new(io), &FrameLimits::default(), most, MAX_FRAME_SIZE);
-        let mut end = http2(guarded, &down, &deadlines).await;
+        let mut end = http2(guarded, &floods, &down, &deadlines).await;
         if let Some(flood) = floods.flood() {
             end = (Cause::Protocol, flood.to_string());
         }
@@ -331,7 +331,7 @@ where
     }
 }
 
-async fn http2<S>(io: H2Guard<S>, down: &Arc<Downstream>, deadlines: &Deadlines) -> End
+async fn http2<S>(io: H2Guard<S>, guard: &FloodHandle, down: &Arc<Downstream>, deadlines: &Deadlines) -> End
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
@@ -368,6 +368,7 @@ where
             }
             () = down.entry.until_draining(), if !shutting => {
                 shutting = true;
+                guard.drain();
                 driver.as_mut().graceful_shutdown();
             }
             () = &mut timer => {

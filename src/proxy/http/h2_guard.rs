@@ -30,16 +30,23 @@
 //! bytes written to it earn these. When a rate is exceeded, h2 gets the start of a header block that never ends instead
 //! of the frame: it says GOAWAY with ENHANCE_YOUR_CALM and ends the connection, its own defence against CONTINUATION
 //! floods. Should it ask for more nevertheless, the read fails with a [`Flood`].
+//!
+//! The guard also takes part in ending a connection in order (RFC 9113 section 6.8). h2 says GOAWAY without a limit and
+//! PING, and when the answer to that comes it says GOAWAY again, with the last stream that it has seen. But answers to
+//! PING overtake HEADERS that wait in the peer's queue, as they do in h2's own client, and such a stream would be lost. So
+//! the guard gives that answer to h2 a little later ([`FloodHandle::drain`]).
 
 use std::error::Error;
 use std::fmt;
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep};
 
 use crate::proxy::detect::PREFACE;
 
@@ -47,6 +54,14 @@ const HEADER: usize = 9;
 /// HEADERS without END_HEADERS on stream 1, then CONTINUATION frames without an end.
 const BLOCK_START: [u8; HEADER] = [0, 0, 0, 1, 0, 0, 0, 0, 1];
 const BLOCK_MORE: [u8; HEADER] = [0, 0, 0, 9, 0, 0, 0, 0, 1];
+
+/// How much later h2 hears that the peer has heard of the end: time for what was on its way before.
+const STRAGGLERS: Duration = Duration::from_millis(500);
+const PONG: usize = 8;
+const PING_TYPE: u8 = 6;
+const ACK: u8 = 1;
+/// A type that nobody has given a meaning, so that h2 skips the frame (RFC 9113 section 5.5).
+const SKIPPED_TYPE: u8 = 0xfa;
 
 /// How many frames may come: `per_second` in the long run, `burst` at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,12 +164,23 @@ impl Error for Flood {}
 
 /// Tells whether a guard ended its connection. Clones are the same handle.
 #[derive(Clone, Debug, Default)]
-pub struct FloodHandle(Arc<OnceLock<Flood>>);
+pub struct FloodHandle(Arc<Told>);
+
+#[derive(Debug, Default)]
+struct Told {
+    flood: OnceLock<Flood>,
+    draining: AtomicBool,
+}
 
 impl FloodHandle {
     /// The flood that ended the connection.
     pub fn flood(&self) -> Option<Flood> {
-        self.0.get().copied()
+        self.0.flood.get().copied()
+    }
+
+    /// h2 is about to end the connection in order: what is on its way is waited for. To be called before it is told.
+    pub fn drain(&self) {
+        self.0.draining.store(true, Ordering::Relaxed);
     }
 }
 
@@ -261,6 +287,20 @@ pub struct H2Guard<S> {
     /// So many frames of the endless block were given out.
     block: usize,
     frames: usize,
+    pong: Pong,
+}
+
+/// The answer to h2's PING of farewell.
+#[derive(Debug)]
+enum Pong {
+    /// Not here.
+    Awaited,
+    /// So much of it is here.
+    Coming([u8; PONG], usize),
+    /// To be given to h2 at this time.
+    Kept([u8; PONG], Pin<Box<Sleep>>),
+    /// h2 has it.
+    Given,
 }
 
 impl<S> H2Guard<S> {
@@ -279,35 +319,74 @@ impl<S> H2Guard<S> {
             given: 0,
             block: 0,
             frames: needed.saturating_mul(2).saturating_add(8),
+            pong: Pong::Awaited,
         };
         (guard, handle)
     }
 
     /// Counts a whole frame header. False: its kind comes too fast.
-    fn count(&mut self, header: [u8; HEADER]) -> bool {
-        let [high, middle, low, number, ..] = header;
-        let kind = Kind::of(number);
+    fn count(&mut self, header: &mut [u8; HEADER]) -> bool {
+        let [high, middle, low, number, flags, ..] = header;
+        let (high, middle, low) = (*high, *middle, *low);
+        let kind = Kind::of(*number);
         if let Some(kind) = kind
             && !self.buckets.take(kind)
         {
-            let _ = self.handle.0.set(Flood { kind });
+            let _ = self.handle.0.flood.set(Flood { kind });
             return false;
         }
         self.payload = usize::try_from(u32::from_be_bytes([0, high, middle, low])).unwrap_or(usize::MAX);
+        if *number == PING_TYPE
+            && *flags & ACK != 0
+            && self.payload == PONG
+            && matches!(self.pong, Pong::Awaited)
+            && self.handle.0.draining.load(Ordering::Relaxed)
+        {
+            *number = SKIPPED_TYPE;
+            self.pong = Pong::Coming([0; PONG], 0);
+        }
+        true
+    }
+
+    /// Keeps the payload of the answer that is given later.
+    fn keep(&mut self, bytes: &[u8]) {
+        let Pong::Coming(payload, here) = &mut self.pong else { return };
+        for (to, from) in payload.iter_mut().skip(*here).zip(bytes) {
+            *to = *from;
+            *here += 1;
+        }
+        if *here == PONG {
+            self.pong = Pong::Kept(*payload, Box::pin(tokio::time::sleep(STRAGGLERS)));
+        }
+    }
+
+    /// Puts the answer that was kept between two frames, when it is time. Answers whether it did.
+    fn put_pong(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> bool {
+        let Pong::Kept(payload, time) = &mut self.pong else { return false };
+        let between = self.payload == 0 && self.length == 0 && buf.remaining() >= HEADER + PONG;
+        if time.as_mut().poll(cx).is_pending() || !between {
+            return false;
+        }
+        buf.put_slice(&[0, 0, 8, PING_TYPE, ACK, 0, 0, 0, 0]);
+        buf.put_slice(payload);
+        self.pong = Pong::Given;
         true
     }
 
     /// Goes over what was just read. Returns how much of it may pass; a part of a header stays here.
-    fn judge(&mut self, bytes: &[u8]) -> usize {
+    fn judge(&mut self, bytes: &mut [u8]) -> usize {
         let mut at = 0;
         loop {
             let skipped = self.payload.min(bytes.len() - at);
             self.payload -= skipped;
+            if matches!(self.pong, Pong::Coming(..)) {
+                self.keep(bytes.get(at..at + skipped).unwrap_or_default());
+            }
             at += skipped;
-            let rest = bytes.get(at..).unwrap_or_default();
-            match rest.first_chunk() {
+            let rest = bytes.get_mut(at..).unwrap_or_default();
+            match rest.first_chunk_mut() {
                 Some(header) => {
-                    if !self.count(*header) {
+                    if !self.count(header) {
                         return at;
                     }
                     at += HEADER;
@@ -350,6 +429,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for H2Guard<S> {
             if let Some(flood) = this.handle.flood() {
                 return Poll::Ready(this.put_block(flood, buf));
             }
+            if this.put_pong(cx, buf) {
+                return Poll::Ready(Ok(()));
+            }
             if this.length == HEADER {
                 let rest = this.header.get(this.given..).unwrap_or_default();
                 let part = rest.get(..buf.remaining()).unwrap_or(rest);
@@ -371,13 +453,14 @@ impl<S: AsyncRead + Unpin> AsyncRead for H2Guard<S> {
                 }
                 this.length += read;
                 if this.length == HEADER {
-                    let header = this.header;
-                    this.count(header);
+                    let mut header = this.header;
+                    this.count(&mut header);
+                    this.header = header;
                 }
                 continue;
             }
             ready!(Pin::new(&mut this.io).poll_read(cx, buf))?;
-            let read = buf.filled().get(before..).unwrap_or_default();
+            let read = buf.filled_mut().get_mut(before..).unwrap_or_default();
             if read.is_empty() {
                 return Poll::Ready(Ok(()));
             }

@@ -137,6 +137,19 @@ fn join(headers: &mut HeaderMap, name: HeaderName, element: &str) {
     }
 }
 
+/// Puts a cookie that HTTP/2 has split into crumbs together again (RFC 9113, section 8.2.3): not every workload does.
+pub(super) fn join_cookies(headers: &mut HeaderMap) {
+    let mut crumbs = headers.get_all(header::COOKIE).iter();
+    if crumbs.next().is_none() || crumbs.next().is_none() {
+        return;
+    }
+    let crumbs: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if let Ok(mut whole) = HeaderValue::from_bytes(&crumbs.join(&b"; "[..])) {
+        whole.set_sensitive(true);
+        headers.insert(header::COOKIE, whole);
+    }
+}
+
 /// Whether the message is of gRPC (its HTTP/2 protocol document, "Content-Type").
 pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(header::CONTENT_TYPE).is_some_and(|value| {
@@ -237,6 +250,13 @@ mod tests {
         assert_eq!(map["x-forwarded-for"], "10.0.0.1, 10.0.0.2, ::1");
         assert_eq!(map["forwarded"], "for=a, for=\"[::1]\";proto=https");
         assert_eq!(map["x-forwarded-proto"], "https");
+    }
+
+    #[test]
+    fn crumbs_of_a_cookie_become_one() {
+        let mut map = headers(&[("cookie", "a=1"), ("x", "y"), ("cookie", "b=2")]);
+        join_cookies(&mut map);
+        assert_eq!(map.get_all("cookie").iter().collect::<Vec<_>>(), ["a=1; b=2"]);
     }
 
     #[test]

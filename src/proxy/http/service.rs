@@ -125,6 +125,7 @@ fn prepare(
         exchange.host = authority.host().into();
     }
     headers::remove_hop_by_hop(&mut parts.headers);
+    headers::join_cookies(&mut parts.headers);
     down.shared.tracing.outgoing(exchange.trace.as_ref(), &mut parts.headers);
     let inbound = matches!(down.way, Way::Inbound(_));
     let body_idle = if exchange.grpc { down.idle } else { down.limits.body_idle_timeout.0 };

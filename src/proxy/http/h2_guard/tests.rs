@@ -204,3 +204,37 @@ proptest! {
         prop_assert_eq!((passed, flood), (bytes, None));
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_answer_to_the_farewell_is_given_after_what_was_on_its_way() {
+    let pong = [&[0, 0, 8, PING_TYPE, ACK, 0, 0, 0, 0][..], b"farewell"].concat();
+    let request = frame(1, b"a request that the answer overtook");
+    let skipped = [&[0, 0, 8, SKIPPED_TYPE, ACK, 0, 0, 0, 0][..], b"farewell"].concat();
+    let all = [&pong[..], &request, &pong].concat();
+    // However the bytes are cut.
+    for cut in 1..all.len() {
+        let (mut near, far) = duplex(64 * 1024);
+        let (mut guard, handle) = H2Guard::new(far, &FrameLimits::default(), 16 * 1024, 16 * 1024);
+        let mut got = vec![0; PREFACE.len() + pong.len()];
+        // Before that, nothing is changed.
+        near.write_all(&[&PREFACE[..], &pong].concat()).await.unwrap();
+        guard.read_exact(&mut got).await.unwrap();
+        assert_eq!(&got[PREFACE.len()..], pong);
+        handle.drain();
+        let began = Instant::now();
+        let (first, second) = all.split_at(cut);
+        near.write_all(first).await.unwrap();
+        let mut got = vec![0; all.len()];
+        let (a, b) = tokio::join!(guard.read_exact(&mut got), async {
+            tokio::task::yield_now().await;
+            near.write_all(second).await
+        });
+        (a.unwrap(), b.unwrap());
+        assert_eq!(got, [&skipped[..], &request, &pong].concat(), "{cut}");
+        assert!(began.elapsed() < STRAGGLERS, "{cut}");
+        let mut late = vec![0; pong.len()];
+        guard.read_exact(&mut late).await.unwrap();
+        assert_eq!(late, pong, "{cut}");
+        assert!(began.elapsed() >= STRAGGLERS, "{cut}");
+    }
+}
