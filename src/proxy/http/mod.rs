@@ -22,6 +22,7 @@ mod linger;
 pub mod live;
 mod message;
 mod pool;
+mod prepare;
 mod send;
 mod service;
 mod tunnel;
