@@ -199,3 +199,23 @@ async fn what_is_meant_for_another_process_is_left_alone() {
         assert!(proxy.stop().await.success());
     }
 }
+
+#[tokio::test]
+async fn whoever_connects_before_there_is_an_identity_is_served_later_and_not_refused() {
+    let (_origin, at) = http_origin().await;
+    let pair = Pair::plain(at).await;
+    let (dir, socket) = (pair.domain.path(), Kept::open());
+    let config = pair.client_config.replace("listen: 127.0.0.1:0", &format!("listen: {}", socket.address()));
+    let (key, away) = (dir.join("client.key"), dir.join("client.key.away"));
+    std::fs::rename(&key, &away).unwrap();
+    let late = started(dir, "late", &config, vec![socket.fd()]).await;
+    assert_eq!(late.get("/readyz").await.0, 503);
+    let way = Way::Plain(socket.address());
+    let asks = tokio::spawn(async move { way.request("GET /echo HTTP/1.1\r\nHost: a.example").await });
+    // It has been asked by now, and would have said so.
+    for _ in 0..20 {
+        assert_eq!(late.get("/readyz").await.0, 503);
+    }
+    std::fs::rename(&away, &key).unwrap();
+    assert_eq!(asks.await.unwrap().status, 200);
+}
