@@ -266,25 +266,20 @@ impl Pool {
     /// passed over as long as there are others, and so is the one that just failed.
     pub(super) async fn pick(self: &Arc<Self>, not: Option<&Arc<Endpoint>>) -> Result<Arc<Endpoint>, Failed> {
         let all = self.endpoints().await?;
-        if let [only] = all.as_slice() {
-            return Ok(Arc::clone(only));
-        }
         if self.is_retired() {
             return Err(Failed::retired());
         }
-        let fit: Vec<&Arc<Endpoint>> =
-            all.iter().filter(|endpoint| endpoint.fit() && not.is_none_or(|not| !Arc::ptr_eq(endpoint, not))).collect();
-        // Where none is fit, any may be: better a doubtful address than none.
-        let candidates = if fit.is_empty() { all.iter().collect() } else { fit };
-        let first = fastrand::usize(..candidates.len().max(1));
-        let second =
-            (first + 1 + fastrand::usize(..candidates.len().saturating_sub(1).max(1))) % candidates.len().max(1);
-        let chosen = match (candidates.get(first), candidates.get(second)) {
-            (Some(a), Some(b)) if b.in_flight() < a.in_flight() => b,
-            (Some(a), _) => a,
-            _ => return Err(Failed::new(RequestCause::Unreachable, "the upstream has no address")),
-        };
-        Ok(Arc::clone(chosen))
+        choose(&all, not)
+    }
+
+    /// [`Pool::pick`] where nothing need be waited for; none where something must.
+    pub(super) fn pick_now(&self, not: Option<&Arc<Endpoint>>) -> Option<Arc<Endpoint>> {
+        if let Route::Mesh(_) = &self.route {
+            let resolved = *self.resolved.lock().unwrap_or_else(PoisonError::into_inner);
+            resolved.filter(|at| at.elapsed() < RESOLVED_FOR)?;
+        }
+        // A retired pool has none.
+        choose(&self.endpoints.load(), not).ok()
     }
 
     /// A connection to this address that suits the request: one that is open, or a new one. A `fresh` one is no HTTP/1
@@ -295,32 +290,19 @@ impl Pool {
         want: Want,
         fresh: bool,
     ) -> Result<Lease, Failed> {
-        let full = FULL;
-        let most = self.options.max_http2_connections;
-        let idle = || if fresh { None } else { endpoint.take1() };
-        let idle = || idle().map_or(Taken::None, Taken::Lease);
-        let open = |want: Want| match want {
-            Want::Tunnel => Taken::None,
-            Want::Http2 => endpoint.take2(false, full, most),
-            Want::Http1 if self.is_workload() => idle(),
-            Want::Http1 => match endpoint.take2(true, full, most) {
-                Taken::None => idle(),
-                taken => taken,
-            },
-        };
         let shared = match want {
             Want::Tunnel => false,
             Want::Http2 => true,
             Want::Http1 => !self.is_workload() && endpoint.speaks() != Speaks::Plain,
         };
         loop {
-            match open(want) {
+            match self.open(endpoint, want, fresh) {
                 Taken::Lease(lease) => return Ok(lease),
                 Taken::None if !shared => return dial::dial(self, endpoint, want).await,
                 Taken::None => {
                     // What comes of this dial serves many, so one dials and the others wait for it.
                     let _one = endpoint.dialling.lock().await;
-                    match open(want) {
+                    match self.open(endpoint, want, fresh) {
                         Taken::Lease(lease) => return Ok(lease),
                         Taken::None => return dial::dial(self, endpoint, want).await,
                         Taken::Full => {}
@@ -330,13 +312,36 @@ impl Pool {
                     let mut freed = std::pin::pin!(endpoint.freed());
                     // Hears of what is freed from here on, also before it is waited for.
                     freed.as_mut().enable();
-                    match open(want) {
+                    match self.open(endpoint, want, fresh) {
                         Taken::Lease(lease) => return Ok(lease),
                         Taken::None => {}
                         Taken::Full => freed.await,
                     }
                 }
             }
+        }
+    }
+
+    /// [`Pool::lease`] of a connection that is open.
+    pub(super) fn lease_now(&self, endpoint: &Arc<Endpoint>, want: Want, fresh: bool) -> Option<Lease> {
+        match self.open(endpoint, want, fresh) {
+            Taken::Lease(lease) => Some(lease),
+            Taken::None | Taken::Full => None,
+        }
+    }
+
+    /// A connection that is open and has room.
+    fn open(&self, endpoint: &Arc<Endpoint>, want: Want, fresh: bool) -> Taken {
+        let (full, most) = (FULL, self.options.max_http2_connections);
+        let idle = || if fresh { None } else { endpoint.take1() }.map_or(Taken::None, Taken::Lease);
+        match want {
+            Want::Tunnel => Taken::None,
+            Want::Http2 => endpoint.take2(false, full, most),
+            Want::Http1 if self.is_workload() => idle(),
+            Want::Http1 => match endpoint.take2(true, full, most) {
+                Taken::None => idle(),
+                taken => taken,
+            },
         }
     }
 
@@ -352,4 +357,23 @@ impl Pool {
             self.shared.observer.event(Direction::Outbound, &self.listener, event);
         }
     }
+}
+
+/// Of two addresses taken at random the one with fewer requests under way.
+fn choose(all: &[Arc<Endpoint>], not: Option<&Arc<Endpoint>>) -> Result<Arc<Endpoint>, Failed> {
+    if let [only] = all {
+        return Ok(Arc::clone(only));
+    }
+    let fit: Vec<&Arc<Endpoint>> =
+        all.iter().filter(|endpoint| endpoint.fit() && not.is_none_or(|not| !Arc::ptr_eq(endpoint, not))).collect();
+    // Where none is fit, any may be: better a doubtful address than none.
+    let candidates = if fit.is_empty() { all.iter().collect() } else { fit };
+    let first = fastrand::usize(..candidates.len().max(1));
+    let second = (first + 1 + fastrand::usize(..candidates.len().saturating_sub(1).max(1))) % candidates.len().max(1);
+    let chosen = match (candidates.get(first), candidates.get(second)) {
+        (Some(a), Some(b)) if b.in_flight() < a.in_flight() => b,
+        (Some(a), _) => a,
+        _ => return Err(Failed::new(RequestCause::Unreachable, "the upstream has no address")),
+    };
+    Ok(Arc::clone(chosen))
 }

@@ -100,7 +100,11 @@ pub(super) async fn send(
         let left = again < retries.attempts;
         let idempotent = idempotent(&head.method);
         let copy = (left && body.is_empty() && becomes == Becomes::Request).then(|| head.clone());
-        let endpoint = pool.pick(failed_at.as_ref()).await;
+        // What is rare is in a box: what a request carries about with it is moved several times.
+        let endpoint = match pool.pick_now(failed_at.as_ref()) {
+            Some(endpoint) => Ok(endpoint),
+            None => Box::pin(pool.pick(failed_at.as_ref())).await,
+        };
         let outcome = match endpoint {
             Ok(endpoint) => {
                 let outcome = attempt(exchange, &pool, &endpoint, want, fresh, head, body, deadline).await;
@@ -190,7 +194,13 @@ async fn attempt(
     body: RequestBody,
     deadline: Option<Instant>,
 ) -> Try {
-    let leased = within(exchange, deadline, pool.lease(endpoint, want, fresh)).await;
+    let leased = match pool.lease_now(endpoint, want, fresh) {
+        Some(lease) => Ok(Ok(lease)),
+        None => {
+            let dialling = Box::pin(pool.lease(endpoint, want, fresh));
+            within(exchange, deadline, dialling).await
+        }
+    };
     let mut lease = match leased {
         Ok(Ok(lease)) => lease,
         Ok(Err(failed)) | Err(failed) => return Try::Unsent(failed, head, body),
@@ -210,10 +220,14 @@ async fn attempt(
     };
     exchange.attempts += 1;
     let answered = match line {
-        Line::Http1(sender) => within(exchange, deadline, sender.try_send_request(request)).await,
+        Line::Http1(sender) => {
+            let sent = std::pin::pin!(sender.try_send_request(request));
+            within(exchange, deadline, sent).await
+        }
         Line::Http2(connection) => {
             let mut sender = connection.sender.clone();
-            within(exchange, deadline, sender.try_send_request(request)).await
+            let sent = std::pin::pin!(sender.try_send_request(request));
+            within(exchange, deadline, sent).await
         }
     };
     match answered {
@@ -253,10 +267,13 @@ fn describe(error: &hyper::Error) -> String {
 }
 
 /// Waits, but not past the deadline, and not when the request is told to end.
-async fn within<F: Future>(exchange: &Exchange, deadline: Option<Instant>, future: F) -> Result<F::Output, Failed> {
-    let mut future = std::pin::pin!(future);
+async fn within<F: Future + Unpin>(
+    exchange: &Exchange,
+    deadline: Option<Instant>,
+    mut future: F,
+) -> Result<F::Output, Failed> {
     let watched = std::future::poll_fn(|cx| {
-        if let std::task::Poll::Ready(output) = future.as_mut().poll(cx) {
+        if let std::task::Poll::Ready(output) = std::pin::Pin::new(&mut future).poll(cx) {
             return std::task::Poll::Ready(Ok(output));
         }
         match exchange.poll_stopped(cx.waker()) {
