@@ -1,6 +1,5 @@
 //! One connection of whoever asks: HTTP is served on it until it ends, is drained, or is told to end.
 
-use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -286,10 +285,7 @@ where
         builder.max_headers(down.limits.max_headers);
     }
     let context = Arc::clone(down);
-    let service = service_fn(move |request| {
-        let down = Arc::clone(&context);
-        async move { Ok::<_, Infallible>(service::handle(down, request).await) }
-    });
+    let service = service_fn(move |request| service::handle(Arc::clone(&context), request));
     let driver = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
     let mut driver = std::pin::pin!(driver);
     let mut shutting = false;
@@ -347,10 +343,7 @@ where
         .max_local_error_reset_streams(MAX_RESETS)
         .max_send_buf_size(256 * 1024);
     let context = Arc::clone(down);
-    let service = service_fn(move |request| {
-        let down = Arc::clone(&context);
-        async move { Ok::<_, Infallible>(service::handle(down, request).await) }
-    });
+    let service = service_fn(move |request| service::handle(Arc::clone(&context), request));
     let driver = builder.serve_connection(TokioIo::new(io), service);
     let mut driver = std::pin::pin!(driver);
     let mut shutting = false;

@@ -7,6 +7,7 @@
 //! Inbound a rule must admit the request; outbound the upstream's connection has passed the gate (`expect`) before the
 //! pool lends it.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use super::downstream::{Downstream, Spoken};
 use super::exchange::Exchange;
 use super::headers;
 use super::message::{self, Becomes};
+use super::pool::Failed;
 use super::prepare::{Prepared, Refused, prepare};
 use super::send::{Sent, send};
 use super::tunnel::Tunnel;
@@ -28,44 +30,61 @@ use crate::config::schema::Forwarded;
 use crate::proxy::record::{HttpVersion, RequestCause};
 
 /// Serves one request. There is always an answer.
-pub(super) async fn handle(down: Arc<Downstream>, mut request: Request<Incoming>) -> Response<ReplyBody> {
+pub(super) async fn handle(
+    down: Arc<Downstream>,
+    mut request: Request<Incoming>,
+) -> Result<Response<ReplyBody>, Infallible> {
     let becomes = becomes_of(&down, &request);
     let upgrade = (becomes != Becomes::Request).then(|| hyper::upgrade::on(&mut request));
-    let (mut parts, body) = request.into_parts();
-    let version = version(&down, &mut parts);
-    let mut exchange = Exchange::begin(&down, &parts, version);
-    exchange.trace = down.shared.tracing.incoming(&parts.headers);
-    exchange.ticket = down.guard.as_ref().map(|guard| guard.next_request());
-    if let Some(refusal) = exchange.ticket.as_ref().and_then(|ticket| ticket.refusal()) {
-        let status = StatusCode::from_u16(refusal.status).unwrap_or(StatusCode::BAD_REQUEST);
-        return answer(exchange, status, RequestCause::BadRequest, refusal.reason, true);
-    }
-    let prepared = prepare(&down, &mut exchange, parts, body, becomes);
+    let (mut exchange, prepared) = admit(&down, request, becomes);
     let Prepared { cleared, pool, patience } = match prepared {
         Ok(prepared) => prepared,
-        Err(Refused { status, cause, detail, close }) => {
-            return answer(exchange, status, cause, detail, close);
-        }
+        Err(Refused { status, cause, detail, close }) => return Ok(answer(exchange, status, cause, detail, close)),
     };
-    let sent = send(&mut exchange, &pool, cleared, patience).await;
-    match sent {
+    Ok(match send(&mut exchange, &pool, cleared, patience).await {
         Ok(sent) => reply(exchange, sent, upgrade),
-        Err(failed) => {
-            // A body that broke off explains the failure better than what came of it.
-            let (status, cause, detail) = match exchange.fault() {
-                Some(Fault::Framing) => {
-                    (StatusCode::BAD_REQUEST, RequestCause::BadRequest, "the framing of the body was broken".into())
-                }
-                Some(Fault::Idle) => {
-                    (StatusCode::REQUEST_TIMEOUT, RequestCause::BodyTimeout, "the body stood still for too long".into())
-                }
-                Some(Fault::Gone) => (StatusCode::BAD_REQUEST, RequestCause::ClientReset, failed.detail),
-                None => (status_of(failed.cause), failed.cause, failed.detail),
-            };
-            let close = exchange.fault().is_some();
-            answer(exchange, status, cause, detail, close)
+        Err(failed) => fail(exchange, failed),
+    })
+}
+
+/// Everything before the first wait.
+fn admit(
+    down: &Arc<Downstream>,
+    request: Request<Incoming>,
+    becomes: Becomes,
+) -> (Box<Exchange>, Result<Prepared, Refused>) {
+    let (mut parts, body) = request.into_parts();
+    let version = version(down, &mut parts);
+    let mut exchange = Exchange::begin(down, &parts, version);
+    exchange.trace = down.shared.tracing.incoming(&parts.headers);
+    exchange.ticket = down.guard.as_ref().map(|guard| guard.next_request());
+    let prepared = match exchange.ticket.as_ref().and_then(|ticket| ticket.refusal()) {
+        Some(refusal) => Err(Refused {
+            status: StatusCode::from_u16(refusal.status).unwrap_or(StatusCode::BAD_REQUEST),
+            cause: RequestCause::BadRequest,
+            detail: refusal.reason.into(),
+            close: true,
+        }),
+        None => prepare(down, &mut exchange, parts, body, becomes),
+    };
+    (exchange, prepared)
+}
+
+/// Answers in the place of an upstream that did not.
+fn fail(exchange: Box<Exchange>, failed: Failed) -> Response<ReplyBody> {
+    // A body that broke off explains the failure better than what came of it.
+    let (status, cause, detail) = match exchange.fault() {
+        Some(Fault::Framing) => {
+            (StatusCode::BAD_REQUEST, RequestCause::BadRequest, "the framing of the body was broken".into())
         }
-    }
+        Some(Fault::Idle) => {
+            (StatusCode::REQUEST_TIMEOUT, RequestCause::BodyTimeout, "the body stood still for too long".into())
+        }
+        Some(Fault::Gone) => (StatusCode::BAD_REQUEST, RequestCause::ClientReset, failed.detail),
+        None => (status_of(failed.cause), failed.cause, failed.detail),
+    };
+    let close = exchange.fault().is_some();
+    answer(exchange, status, cause, detail, close)
 }
 
 fn becomes_of(down: &Downstream, request: &Request<Incoming>) -> Becomes {
