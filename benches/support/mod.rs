@@ -120,8 +120,7 @@ pub fn server_tls(profile: &Arc<Profile>, identity: &Arc<Identity>) -> Arc<Serve
             &trust,
             &policy,
             &Clock::system(),
-            portcullis::tls::server::Serves::Bytes,
-            false,
+            portcullis::tls::server::Accepts { serves: portcullis::tls::server::Serves::Bytes, legacy_tls12: false },
             1,
         )
         .unwrap(),

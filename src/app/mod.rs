@@ -33,7 +33,7 @@ use crate::proxy::registry::Registry;
 use crate::proxy::trace::Sampler;
 use crate::proxy::upstream::{HostPort, Target};
 use crate::tls::record::Direction;
-use crate::tls::server::Serves;
+use crate::tls::server::{Accepts, Serves};
 use crate::tls::{ClientTls, Profile, ServerTls, Trust};
 
 /// A config that cannot be applied, in words.
@@ -401,8 +401,8 @@ impl House {
         let declared = self.config.inbound.iter().find(|inbound| inbound.name == name)?;
         let policy = self.policy.listener(name)?;
         let tls = identity.zip(self.trust.as_ref()).and_then(|(identity, trust)| {
-            let (clock, legacy, serves) = (&shared.clock, declared.legacy_tls12, serves(declared.protocol));
-            ServerTls::new(&self.profile, identity, trust, &policy, clock, serves, legacy, self.generation)
+            let accepts = Accepts { serves: serves(declared.protocol), legacy_tls12: declared.legacy_tls12 };
+            ServerTls::new(&self.profile, identity, trust, &policy, &shared.clock, accepts, self.generation)
                 .map(Arc::new)
                 .map_err(|error| tracing::error!(listener = name, %error, "the TLS configuration cannot be built"))
                 .ok()

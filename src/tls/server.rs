@@ -48,6 +48,15 @@ pub enum Serves {
     Any,
 }
 
+/// What a listener's clients may ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Accepts {
+    /// Inside TLS.
+    pub serves: Serves,
+    /// TLS 1.2 as well.
+    pub legacy_tls12: bool,
+}
+
 #[derive(Debug)]
 struct ByPolicy(Arc<ListenerPolicy>);
 
@@ -83,10 +92,10 @@ impl ServerTls {
         trust: &Arc<Trust>,
         policy: &Arc<ListenerPolicy>,
         clock: &Clock,
-        serves: Serves,
-        legacy_tls12: bool,
+        accepts: Accepts,
         generation: u64,
     ) -> Result<Self, rustls::Error> {
+        let Accepts { serves, legacy_tls12 } = accepts;
         let verifier = Arc::new(PeerVerifier::new(Arc::clone(trust), ByPolicy(Arc::clone(policy)), Usage::Client));
         let mut config = ServerConfig::builder_with_details(profile.provider(legacy_tls12), clock.provider())
             .with_protocol_versions(Profile::versions(legacy_tls12))?

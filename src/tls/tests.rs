@@ -88,8 +88,7 @@ impl World {
                 &trust,
                 &policy,
                 &self.time.clock(),
-                server::Serves::Bytes,
-                true,
+                server::Accepts { serves: server::Serves::Bytes, legacy_tls12: true },
                 generation,
             )
             .unwrap(),

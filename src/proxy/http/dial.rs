@@ -14,7 +14,6 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::body::RequestBody;
 use super::endpoint::{At, Endpoint, Lease, Owned1, Proof, Shared2, Speaks};
 use super::pool::{Failed, Pool, Route, Want};
 use crate::policy::Admitted;
@@ -152,14 +151,8 @@ async fn mesh(pool: &Arc<Pool>, endpoint: &Arc<Endpoint>, want: Want) -> Result<
 }
 
 /// Drives a mesh connection to its end and writes its record.
-async fn drive(
-    driver: impl Future<Output = hyper::Result<()>>,
-    mut connection: Connection,
-    expiry: Option<Instant>,
-    forget: impl Fn(),
-) {
+async fn drive(mut driver: Driver, mut connection: Connection, expiry: Option<Instant>, forget: impl Fn()) {
     let entry = Arc::clone(connection.entry());
-    let mut driver = std::pin::pin!(driver);
     let expired = async {
         match expiry {
             Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -201,39 +194,37 @@ fn cause_of(error: &hyper::Error) -> Cause {
     Cause::Protocol
 }
 
+/// What carries a connection on to its end.
+type Driver = std::pin::Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>;
+
 /// A connection on which HTTP has begun, not driven yet.
-enum Begun<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> {
-    Http1(Owned1, http1::Connection<TokioIo<T>, RequestBody>),
-    Http2(Arc<Shared2>, http2::Connection<TokioIo<T>, RequestBody, TokioExecutor>),
+struct Begun {
+    speaks: Speaking,
+    driver: Driver,
 }
 
-impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Begun<T> {
+enum Speaking {
+    Http1(Owned1),
+    Http2(Arc<Shared2>),
+}
+
+impl Begun {
     fn number(&self) -> u64 {
-        match self {
-            Self::Http1(connection, _) => connection.number,
-            Self::Http2(connection, _) => connection.number,
+        match &self.speaks {
+            Speaking::Http1(connection) => connection.number,
+            Speaking::Http2(connection) => connection.number,
         }
     }
 
     /// Starts the task that drives it, and lends it.
-    fn lend<D, F>(self, endpoint: &Arc<Endpoint>, drive: D) -> Lease
+    fn lend<F>(self, endpoint: &Arc<Endpoint>, drive: impl FnOnce(Driver) -> F) -> Lease
     where
-        D: FnOnce(std::pin::Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>) -> F,
         F: Future<Output = ()> + Send + 'static,
     {
-        match self {
-            Self::Http1(connection, driver) => {
-                tokio::spawn(drive(Box::pin(driver.with_upgrades())));
-                endpoint.lend1(connection, false)
-            }
-            Self::Http2(connection, driver) => {
-                let most = Arc::clone(&connection.most);
-                let mut driver = Box::pin(driver);
-                tokio::spawn(drive(Box::pin(std::future::poll_fn(move |cx| {
-                    let ended = driver.as_mut().poll(cx);
-                    most.store(driver.current_max_send_streams(), Ordering::Relaxed);
-                    ended
-                }))));
+        tokio::spawn(drive(self.driver));
+        match self.speaks {
+            Speaking::Http1(connection) => endpoint.lend1(connection, false),
+            Speaking::Http2(connection) => {
                 endpoint.share2(&connection);
                 endpoint.lend2(connection, false)
             }
@@ -248,7 +239,7 @@ async fn begin<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     proof: Option<Arc<Proof>>,
     retire_at: Option<Instant>,
     place: Option<OwnedSemaphorePermit>,
-) -> io::Result<Begun<T>> {
+) -> io::Result<Begun> {
     let io = TokioIo::new(io);
     let begin = async {
         if http2 {
@@ -261,11 +252,19 @@ async fn begin<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
             if proof.is_some() {
                 builder.keep_alive_interval(PING_AFTER).keep_alive_timeout(PING_TIMEOUT).keep_alive_while_idle(true);
             }
-            let (sender, driver) = builder.handshake(io).await?;
-            Ok(Begun::Http2(Arc::new(Shared2::new(sender, mesh, proof, retire_at)), driver))
+            let (sender, mut driver) = builder.handshake(io).await?;
+            let connection = Arc::new(Shared2::new(sender, mesh, proof, retire_at));
+            let most = Arc::clone(&connection.most);
+            let driver = Box::pin(std::future::poll_fn(move |cx| {
+                let ended = std::pin::Pin::new(&mut driver).poll(cx);
+                most.store(driver.current_max_send_streams(), Ordering::Relaxed);
+                ended
+            }));
+            Ok(Begun { speaks: Speaking::Http2(connection), driver })
         } else {
             let (sender, driver) = http1::Builder::new().max_buf_size(MAX_RESPONSE_HEAD).handshake(io).await?;
-            Ok(Begun::Http1(Owned1::new(sender, proof, retire_at, place), driver))
+            let connection = Owned1::new(sender, proof, retire_at, place);
+            Ok(Begun { speaks: Speaking::Http1(connection), driver: Box::pin(driver.with_upgrades()) })
         }
     };
     match tokio::time::timeout(BEGIN_TIMEOUT, begin).await {

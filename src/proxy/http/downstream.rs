@@ -285,7 +285,7 @@ where
         builder.max_headers(down.limits.max_headers);
     }
     let context = Arc::clone(down);
-    let service = service_fn(move |request| service::handle(Arc::clone(&context), request));
+    let service = service_fn(move |request| service::handle(&context, request));
     let driver = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
     let mut driver = std::pin::pin!(driver);
     let mut shutting = false;
@@ -343,7 +343,7 @@ where
         .max_local_error_reset_streams(MAX_RESETS)
         .max_send_buf_size(256 * 1024);
     let context = Arc::clone(down);
-    let service = service_fn(move |request| service::handle(Arc::clone(&context), request));
+    let service = service_fn(move |request| service::handle(&context, request));
     let driver = builder.serve_connection(TokioIo::new(io), service);
     let mut driver = std::pin::pin!(driver);
     let mut shutting = false;

@@ -8,6 +8,7 @@
 //! pool lends it.
 
 use std::convert::Infallible;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,22 +30,27 @@ use super::tunnel::Tunnel;
 use crate::config::schema::Forwarded;
 use crate::proxy::record::{HttpVersion, RequestCause};
 
+/// A request under way, as the library carries it about.
+type Handling = Pin<Box<dyn Future<Output = Result<Response<ReplyBody>, Infallible>> + Send>>;
+
 /// Serves one request. There is always an answer.
-pub(super) async fn handle(
-    down: Arc<Downstream>,
-    mut request: Request<Incoming>,
-) -> Result<Response<ReplyBody>, Infallible> {
-    let becomes = becomes_of(&down, &request);
+pub(super) fn handle(down: &Arc<Downstream>, mut request: Request<Incoming>) -> Handling {
+    let becomes = becomes_of(down, &request);
     let upgrade = (becomes != Becomes::Request).then(|| hyper::upgrade::on(&mut request));
-    let (mut exchange, prepared) = admit(&down, request, becomes);
-    let Prepared { cleared, pool, patience } = match prepared {
-        Ok(prepared) => prepared,
-        Err(Refused { status, cause, detail, close }) => return Ok(answer(exchange, status, cause, detail, close)),
-    };
-    Ok(match send(&mut exchange, &pool, cleared, patience).await {
-        Ok(sent) => reply(exchange, sent, upgrade),
-        Err(failed) => fail(exchange, failed),
-    })
+    let (mut exchange, prepared) = admit(down, request, becomes);
+    match prepared {
+        // In a box: the library moves what it carries several times.
+        Ok(Prepared { cleared, pool, patience }) => Box::pin(async move {
+            Ok(match send(&mut exchange, &pool, cleared, patience).await {
+                Ok(sent) => reply(exchange, sent, upgrade),
+                Err(failed) => fail(exchange, failed),
+            })
+        }),
+        Err(Refused { status, cause, detail, close }) => {
+            let refusal = answer(exchange, status, cause, detail, close);
+            Box::pin(std::future::ready(Ok(refusal)))
+        }
+    }
 }
 
 /// Everything before the first wait.

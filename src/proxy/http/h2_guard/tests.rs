@@ -229,7 +229,8 @@ async fn the_answer_to_the_farewell_is_given_after_what_was_on_its_way() {
             tokio::task::yield_now().await;
             near.write_all(second).await
         });
-        (a.unwrap(), b.unwrap());
+        a.unwrap();
+        b.unwrap();
         assert_eq!(got, [&skipped[..], &request, &pong].concat(), "{cut}");
         assert!(began.elapsed() < STRAGGLERS, "{cut}");
         let mut late = vec![0; pong.len()];
