@@ -86,6 +86,10 @@ fn what_could_be_read_in_two_ways_is_refused() {
     let long = format!("/{}", "a".repeat(MAX_PATH_BYTES));
     assert_eq!(normal(&long, Refuse), Err(PathError::TooLong));
     assert!(normal(long.get(..MAX_PATH_BYTES).unwrap(), Refuse).is_ok());
+    // Each brace becomes three bytes.
+    let braces = |count| format!("/a{}", "{".repeat(count));
+    assert_eq!(normal(&braces(MAX_PATH_BYTES / 3), Refuse).unwrap().len(), MAX_PATH_BYTES);
+    assert_eq!(normal(&braces(MAX_PATH_BYTES / 3 + 1), Refuse), Err(PathError::TooLong));
 }
 
 #[test]

@@ -41,10 +41,10 @@ fn is_forwarded(name: &str) -> bool {
     folds_to(name, "forwarded") || begins_folded(name, "x-forwarded-") || folds_to(name, "x-real-ip")
 }
 
-/// Removes what ends with the connection. `trailers` in `TE` stays: it is what gRPC asks for.
+/// Removes what ends with the connection (RFC 9110, section 7.6.1), an upgrade included: who carries one on sets it anew.
 ///
-/// `upgrade` tells that the request asks for an upgrade which is carried on, so that the caller sets it anew.
-pub(super) fn remove_hop_by_hop(headers: &mut HeaderMap) {
+/// `trailers` in `TE` stays: it is what gRPC asks for.
+pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
         let named: Vec<HeaderName> = headers
             .get_all(header::CONNECTION)
@@ -87,9 +87,9 @@ pub(super) fn remove_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// Removes what only a proxy may say: our own headers, the identity of the peer and, by declared policy, where a request
-/// is said to come from.
-pub(super) fn remove_claims(headers: &mut HeaderMap, forwarded: Forwarded, client_cert: bool) {
+/// Removes what only a proxy may say: our own headers, with `client_cert` the identity of the peer and, where `forwarded`
+/// says so, where a request is said to come from.
+pub fn remove_claims(headers: &mut HeaderMap, forwarded: Forwarded, client_cert: bool) {
     let claimed = |name: &HeaderName| {
         let name = name.as_str();
         match name.as_bytes().first() {
@@ -110,8 +110,9 @@ pub(super) fn remove_claims(headers: &mut HeaderMap, forwarded: Forwarded, clien
     }
 }
 
-/// Adds the sender to `X-Forwarded-For`, says the scheme, and continues `Forwarded` (RFC 7239) where there is one.
-pub(super) fn append_forwarded(headers: &mut HeaderMap, client: Option<std::net::IpAddr>, scheme: &'static str) {
+/// Adds the sender to `X-Forwarded-For`, says the scheme where nobody has, and continues `Forwarded` (RFC 7239) where there
+/// is one. A sender without an address adds nothing.
+pub fn append_forwarded(headers: &mut HeaderMap, client: Option<std::net::IpAddr>, scheme: &'static str) {
     let Some(client) = client else { return };
     let text = client.to_canonical().to_string();
     join(headers, FORWARDED_FOR, &text);
@@ -158,8 +159,9 @@ pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
     })
 }
 
-/// The deadline that a gRPC caller has set (`grpc-timeout`: at most eight digits and a unit).
-pub(super) fn grpc_timeout(headers: &HeaderMap) -> Option<std::time::Duration> {
+/// The deadline that a gRPC caller has set (`grpc-timeout` of its HTTP/2 protocol document: at most eight digits and a
+/// unit); none if it set none, or none that can be read.
+pub fn grpc_timeout(headers: &HeaderMap) -> Option<std::time::Duration> {
     use std::time::Duration;
     let text = headers.get("grpc-timeout")?.to_str().ok()?;
     let unit = text.bytes().next_back()?;
@@ -218,6 +220,16 @@ mod tests {
         let mut map = headers(&[("te", "gzip;q=1")]);
         remove_hop_by_hop(&mut map);
         assert!(map.is_empty());
+    }
+
+    #[test]
+    fn octets_above_ascii_hide_no_element_of_a_list() {
+        let mut map = headers(&[("x-hop", "1"), ("x-end-to-end", "1")]);
+        map.insert("connection", HeaderValue::from_bytes(b"\xe9, x-hop").unwrap());
+        map.insert("te", HeaderValue::from_bytes(b"\xe9,\ttrailers").unwrap());
+        remove_hop_by_hop(&mut map);
+        assert_eq!(names(&map), ["te", "x-end-to-end"]);
+        assert_eq!(map["te"], "trailers");
     }
 
     #[test]

@@ -17,7 +17,7 @@ mod endpoint;
 mod exchange;
 pub mod h1_guard;
 pub mod h2_guard;
-mod headers;
+pub mod headers;
 mod linger;
 pub mod live;
 mod message;
