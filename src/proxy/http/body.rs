@@ -15,6 +15,7 @@ use http::HeaderMap;
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use tokio::time::Sleep;
 
+use super::downstream::Downstream;
 use super::endpoint::Lease;
 use super::exchange::Exchange;
 use super::headers;
@@ -52,7 +53,6 @@ impl Error for BodyError {
 }
 
 /// A timer that is armed only while nothing moves.
-#[derive(Debug)]
 struct Still {
     after: Duration,
     moved: Option<Instant>,
@@ -132,7 +132,6 @@ impl Meter {
 }
 
 /// A request's body towards the upstream.
-#[derive(Debug)]
 pub(super) enum RequestBody {
     /// There is none.
     Empty,
@@ -140,29 +139,29 @@ pub(super) enum RequestBody {
     Stream(Box<Stream>),
 }
 
-#[derive(Debug)]
 pub(super) struct Stream {
     inner: Incoming,
+    down: Arc<Downstream>,
     meter: Arc<Meter>,
     still: Still,
     /// What of its trailers goes on.
     forwarded: Forwarded,
-    inbound: bool,
 }
 
 impl RequestBody {
-    /// The body, and where its numbers stand.
+    /// The body, and where its numbers stand. It may stand still for `idle`.
     pub(super) fn new(
         inner: Incoming,
+        down: &Arc<Downstream>,
         idle: Duration,
         forwarded: Forwarded,
-        inbound: bool,
     ) -> (Self, Option<Arc<Meter>>) {
         if inner.is_end_stream() {
             return (Self::Empty, None);
         }
         let meter = Arc::new(Meter::default());
-        let stream = Stream { inner, meter: Arc::clone(&meter), still: Still::new(idle), forwarded, inbound };
+        let (down, still) = (Arc::clone(down), Still::new(idle));
+        let stream = Stream { inner, down, meter: Arc::clone(&meter), still, forwarded };
         (Self::Stream(Box::new(stream)), Some(meter))
     }
 
@@ -180,6 +179,7 @@ impl Body for RequestBody {
         match Pin::new(&mut this.inner).poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
                 this.still.moved();
+                this.down.touch();
                 if let Some(data) = frame.data_ref() {
                     this.meter.bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
                     return Poll::Ready(Some(Ok(frame)));
@@ -188,7 +188,7 @@ impl Body for RequestBody {
                 Poll::Ready(Some(Ok(match frame.into_trailers() {
                     Ok(mut trailers) => {
                         headers::remove_hop_by_hop(&mut trailers);
-                        headers::remove_claims(&mut trailers, this.forwarded, this.inbound);
+                        headers::remove_claims(&mut trailers, this.forwarded, this.down.is_inbound());
                         Frame::trailers(trailers)
                     }
                     Err(frame) => frame,
@@ -267,6 +267,7 @@ impl Upstream {
         match Pin::new(&mut self.body).poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
                 self.still.moved();
+                self.exchange.down.touch();
                 if let Some(data) = frame.data_ref() {
                     self.exchange.received += data.len() as u64;
                 } else if let Some(trailers) = frame.trailers_ref() {

@@ -143,9 +143,8 @@ pub(super) struct Downstream {
     pub(super) no_route: Arc<str>,
     sent: AtomicU64,
     received: AtomicU64,
-    born: Instant,
-    /// When the last request ended, in milliseconds since `born`.
-    last: AtomicU64,
+    /// Moves on with every request and every piece of a body.
+    progress: AtomicU64,
     tunnel: Mutex<Option<Tunnel>>,
 }
 
@@ -155,10 +154,12 @@ impl Downstream {
         self.sent.fetch_add(sent, Ordering::Relaxed);
         self.received.fetch_add(received, Ordering::Relaxed);
         self.shared.observer.moved(self.direction(), self.carries, sent, received);
-        if self.spoken != Spoken::Http1 {
-            let now = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
-            self.last.store(now, Ordering::Relaxed);
-        }
+        self.touch();
+    }
+
+    /// Something moved.
+    pub(super) fn touch(&self) {
+        self.progress.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Where requests go now.
@@ -181,12 +182,6 @@ impl Downstream {
 
     fn take_tunnel(&self) -> Option<Tunnel> {
         self.tunnel.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
-    /// Since when nothing is under way; none while something is.
-    fn idle_since(&self) -> Option<Instant> {
-        let last = Duration::from_millis(self.last.load(Ordering::Relaxed));
-        self.entry.requests().is_empty().then(|| self.born.checked_add(last)).flatten()
     }
 }
 
@@ -215,8 +210,7 @@ pub(in crate::proxy) async fn serve<S>(
         no_route: Arc::from("*"),
         sent: AtomicU64::new(0),
         received: AtomicU64::new(0),
-        born: Instant::now(),
-        last: AtomicU64::new(0),
+        progress: AtomicU64::new(0),
         tunnel: Mutex::default(),
         limits,
     };
@@ -289,7 +283,8 @@ where
     let driver = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
     let mut driver = std::pin::pin!(driver);
     let mut shutting = false;
-    let mut timer = std::pin::pin!(tokio::time::sleep_until(next(deadlines, None).into()));
+    let mut watch = Watch::new(deadlines);
+    let mut timer = std::pin::pin!(tokio::time::sleep_until(watch.next().into()));
     let end = loop {
         tokio::select! {
             biased;
@@ -302,22 +297,18 @@ where
             }
             () = down.entry.until_draining(), if !shutting => {
                 shutting = true;
-                timer.as_mut().reset((Instant::now() + IDLE_DRAIN).into());
+                watch.shut = Instant::now().checked_add(IDLE_DRAIN);
+                timer.as_mut().reset(watch.next().into());
             }
-            () = &mut timer => match due(deadlines) {
-                Some(cause @ Cause::MaxAge) if !shutting => {
-                    shutting = true;
-                    down.entry.drain();
-                    timer.as_mut().reset((Instant::now() + IDLE_DRAIN).into());
-                    tracing::debug!(cause = cause.as_str(), "draining a connection");
-                }
-                Some(cause) if cause != Cause::MaxAge => down.entry.stop(cause),
-                _ if shutting => {
+            () = &mut timer => {
+                match watch.look(down) {
+                    Due::Nothing => {}
                     // Whoever is in the middle of a request is served to its end.
-                    driver.as_mut().graceful_shutdown();
-                    timer.as_mut().reset(next(deadlines, Some(Duration::from_secs(3600))).into());
+                    Due::Shut => driver.as_mut().graceful_shutdown(),
+                    Due::Drain => down.entry.drain(),
+                    Due::Stop(cause) => down.entry.stop(cause),
                 }
-                _ => timer.as_mut().reset(next(deadlines, None).into()),
+                timer.as_mut().reset(watch.next().into());
             }
         }
     };
@@ -347,7 +338,8 @@ where
     let driver = builder.serve_connection(TokioIo::new(io), service);
     let mut driver = std::pin::pin!(driver);
     let mut shutting = false;
-    let mut timer = std::pin::pin!(tokio::time::sleep_until(next(deadlines, Some(deadlines.idle)).into()));
+    let mut watch = Watch::new(deadlines);
+    let mut timer = std::pin::pin!(tokio::time::sleep_until(watch.next().into()));
     loop {
         tokio::select! {
             biased;
@@ -365,22 +357,12 @@ where
                 driver.as_mut().graceful_shutdown();
             }
             () = &mut timer => {
-                let idle = down.idle_since().and_then(|since| since.checked_add(deadlines.idle));
-                match due(deadlines) {
-                    Some(Cause::MaxAge) => {
-                        down.entry.drain();
-                        let rest = Deadlines { max_age: None, ..*deadlines };
-                        timer.as_mut().reset(next(&rest, Some(deadlines.idle)).into());
-                    }
-                    Some(cause) => down.entry.stop(cause),
-                    None => match idle {
-                        Some(at) if at <= Instant::now() => down.entry.stop(Cause::Idle),
-                        at => {
-                            let wait = at.map(|at| at.saturating_duration_since(Instant::now()));
-                            timer.as_mut().reset(next(deadlines, Some(wait.unwrap_or(deadlines.idle))).into());
-                        }
-                    },
+                match watch.look(down) {
+                    Due::Nothing | Due::Shut => {}
+                    Due::Drain => down.entry.drain(),
+                    Due::Stop(cause) => down.entry.stop(cause),
                 }
+                timer.as_mut().reset(watch.next().into());
             }
         }
     }
@@ -390,19 +372,61 @@ fn stop_requests(down: &Downstream) {
     down.entry.requests().stop_all(RequestCause::ConnectionEnded);
 }
 
-/// When to look next: at a deadline, or after `idle`.
-fn next(deadlines: &Deadlines, idle: Option<Duration>) -> Instant {
-    let idle = idle.unwrap_or(Duration::from_secs(3600)).max(Duration::from_millis(1));
-    let fixed = [deadlines.max_age, deadlines.peer_expiry];
-    fixed.into_iter().flatten().fold(Instant::now() + idle, Instant::min)
+/// What a connection's timer has found.
+enum Due {
+    Nothing,
+    /// Nothing new begins on it.
+    Shut,
+    /// Its age is reached.
+    Drain,
+    /// It is over.
+    Stop(Cause),
 }
 
-/// The deadline that has passed.
-fn due(deadlines: &Deadlines) -> Option<Cause> {
-    let now = Instant::now();
-    let passed = |at: Option<Instant>| at.is_some_and(|at| at <= now);
-    if passed(deadlines.peer_expiry) {
-        return Some(Cause::PeerExpired);
+/// The deadlines of a connection, and when it last got on.
+struct Watch {
+    deadlines: Deadlines,
+    /// When an HTTP/1 connection that drains is closed although nothing was asked on it.
+    shut: Option<Instant>,
+    looked: Instant,
+    seen: u64,
+}
+
+impl Watch {
+    fn new(deadlines: &Deadlines) -> Self {
+        Self { deadlines: *deadlines, shut: None, looked: Instant::now(), seen: 0 }
     }
-    passed(deadlines.max_age).then_some(Cause::MaxAge)
+
+    /// When to look next.
+    fn next(&self) -> Instant {
+        let still = self.looked + self.deadlines.idle;
+        let fixed = [self.deadlines.max_age, self.deadlines.peer_expiry, self.shut];
+        fixed.into_iter().flatten().fold(still, Instant::min)
+    }
+
+    /// What is due. A connection on which nothing has moved between two looks has stood still for `idle`, whether nothing
+    /// was asked on it or its client takes no answer.
+    fn look(&mut self, down: &Downstream) -> Due {
+        let now = Instant::now();
+        let passed = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        if passed(self.deadlines.peer_expiry) {
+            return Due::Stop(Cause::PeerExpired);
+        }
+        if passed(self.deadlines.max_age) {
+            self.deadlines.max_age = None;
+            return Due::Drain;
+        }
+        if passed(self.shut) {
+            self.shut = None;
+            return Due::Shut;
+        }
+        if self.looked + self.deadlines.idle <= now {
+            let progress = down.progress.load(Ordering::Relaxed);
+            if progress == self.seen {
+                return Due::Stop(Cause::Idle);
+            }
+            (self.seen, self.looked) = (progress, now);
+        }
+        Due::Nothing
+    }
 }

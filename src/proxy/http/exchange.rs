@@ -49,6 +49,7 @@ impl Exchange {
     /// A request whose head has come.
     pub(super) fn begin(down: &Arc<Downstream>, parts: &Parts, version: HttpVersion) -> Box<Self> {
         down.shared.observer.request_begun(down.direction());
+        down.touch();
         Box::new(Self {
             down: Arc::clone(down),
             key: None,
@@ -196,6 +197,11 @@ impl Drop for Exchange {
 }
 
 impl Downstream {
+    /// Whether its requests go to the workload.
+    pub(super) fn is_inbound(&self) -> bool {
+        matches!(self.way, Way::Inbound(_))
+    }
+
     /// Which way its requests go.
     pub(super) fn direction(&self) -> Direction {
         match self.way {

@@ -104,7 +104,7 @@ fn inbound(
     // that only those look at were not kept, and are judged closed.
     let now = asking.listener.state.load_full();
     let rules = asking.rules(&now.policy);
-    let body = take(down, exchange, body, options.forwarded, Direction::Inbound);
+    let body = take(down, exchange, body, options.forwarded);
     forwarded(&mut parts.headers, options.forwarded, down.entry.client, Direction::Inbound);
     if options.forward_client_cert == ForwardClientCert::Set
         && let Some(value) = &asking.client_cert
@@ -153,7 +153,7 @@ fn outbound(
         (_, None) => Some(PathAndQuery::from_static("/")),
     };
     exchange.path = path.as_ref().map_or("", |path| path.path()).into();
-    let body = take(down, exchange, body, options.forwarded, Direction::Outbound);
+    let body = take(down, exchange, body, options.forwarded);
     forwarded(&mut parts.headers, options.forwarded, down.entry.client, Direction::Outbound);
     let patience = exchange.patience(&parts.headers, Some(options.request_timeout.0));
     exchange.upstream = Some(Arc::clone(&pool.name));
@@ -163,15 +163,9 @@ fn outbound(
 }
 
 /// The body, whose numbers the exchange keeps.
-fn take(
-    down: &Downstream,
-    exchange: &mut Exchange,
-    body: Incoming,
-    forwarded: Forwarded,
-    direction: Direction,
-) -> RequestBody {
+fn take(down: &Arc<Downstream>, exchange: &mut Exchange, body: Incoming, forwarded: Forwarded) -> RequestBody {
     let idle = if exchange.grpc { down.idle } else { down.limits.body_idle_timeout.0 };
-    let (body, meter) = RequestBody::new(body, idle, forwarded, direction == Direction::Inbound);
+    let (body, meter) = RequestBody::new(body, down, idle, forwarded);
     exchange.meter = meter;
     body
 }
