@@ -39,7 +39,7 @@ use http::uri::PathAndQuery;
 
 use crate::config::schema::EscapedSlash;
 
-/// The longest path that is judged, in bytes, query not counted.
+/// The longest path that is judged, as written and in normal form, in bytes, query not counted.
 pub const MAX_PATH_BYTES: usize = 8192;
 
 /// Why a path is refused. The texts name no part of the path.
@@ -182,6 +182,10 @@ fn rewritten(written: &str, escaped: EscapedSlash) -> Result<Option<String>, Pat
     let mut normal = Writer::of(path, escaped)?;
     if normal == path {
         return Ok(None);
+    }
+    // Raw characters that are written as escapes take more room.
+    if normal.len() > MAX_PATH_BYTES {
+        return Err(PathError::TooLong);
     }
     if let Some(query) = query {
         normal.push('?');

@@ -41,17 +41,19 @@ fn is_forwarded(name: &str) -> bool {
     folds_to(name, "forwarded") || begins_folded(name, "x-forwarded-") || folds_to(name, "x-real-ip")
 }
 
+/// The elements of a list that may stand in several fields. As octets: one that is no text hides none of the others.
+fn elements(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &[u8]> {
+    let values = headers.get_all(name).into_iter();
+    values.flat_map(|value| value.as_bytes().split(|octet| *octet == b',')).map(<[u8]>::trim_ascii)
+}
+
 /// Removes what ends with the connection (RFC 9110, section 7.6.1), an upgrade included: who carries one on sets it anew.
 ///
 /// `trailers` in `TE` stays: it is what gRPC asks for.
 pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
-        let named: Vec<HeaderName> = headers
-            .get_all(header::CONNECTION)
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|value| value.split(','))
-            .filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok())
+        let named: Vec<HeaderName> = elements(headers, header::CONNECTION)
+            .filter_map(|name| HeaderName::from_bytes(name).ok())
             .filter(|name| !KEPT.contains(name))
             .collect();
         for name in named {
@@ -63,12 +65,7 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
         headers.remove(header::CONNECTION);
     }
     if headers.contains_key(header::TE) {
-        let trailers = headers
-            .get_all(header::TE)
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|value| value.split(','))
-            .any(|coding| coding.trim().eq_ignore_ascii_case("trailers"));
+        let trailers = elements(headers, header::TE).any(|coding| coding.eq_ignore_ascii_case(b"trailers"));
         if trailers {
             headers.insert(header::TE, HeaderValue::from_static("trailers"));
         } else {
