@@ -330,3 +330,16 @@ async fn a_listener_that_detects_carries_http_and_bytes() {
     crate::harness::exchange(&mut stream, b"\x00\x01 these are just bytes").await.unwrap();
     pair.client.metric_reaches("portcullis_detected_total", &[("result", "opaque")], 1.0).await;
 }
+
+#[tokio::test]
+async fn whoever_takes_no_answer_does_not_hold_a_connection_for_ever() {
+    let (_origin, at) = http_origin().await;
+    let short = "connections: { idle_timeout: 400ms }";
+    let mut pair = Pair::start(at, Extra { outbound: short, ..Extra::default() }).await;
+    let mut silent = TcpStream::connect(pair.address).await.unwrap();
+    silent.write_all(b"GET /bytes/67108864 HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+    let ended = pair.client.record("the end of the connection", |line| line["cause"] == "idle_timeout").await;
+    assert_eq!((&ended["listener"], &ended["direction"]), (&"out".into(), &"outbound".into()), "{ended}");
+    // The workload is told as well: its half of the exchange is over, too.
+    pair.server.request("the request", |line| line["path"] == "/bytes/67108864" && line["cause"] != "done").await;
+}
