@@ -61,7 +61,9 @@ fn is_authority(text: &str) -> bool {
     let literal = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
     let good_host = match literal {
         Some(literal) => literal.parse::<std::net::Ipv6Addr>().is_ok(),
-        None => !host.is_empty() && host.chars().all(|c| c.is_ascii_alphanumeric() || "-._~".contains(c)),
+        None => {
+            (1..=255).contains(&host.len()) && host.chars().all(|c| c.is_ascii_alphanumeric() || "-._~".contains(c))
+        }
     };
     good_port && good_host
 }
