@@ -262,10 +262,12 @@ func (s *server) gate(name string) chan struct{} {
 // gateWait sends a first piece, and the second only when somebody who has the first says so by another request: a proxy
 // that gathers a response never gets to its end.
 func (s *server) gateWait(w http.ResponseWriter, r *http.Request) {
+	// Before the first piece: whoever has that may open the gate at once.
+	gate := s.gate(r.PathValue("name"))
 	_, _ = io.WriteString(w, "first ")
 	_ = http.NewResponseController(w).Flush()
 	select {
-	case <-s.gate(r.PathValue("name")):
+	case <-gate:
 		_, _ = io.WriteString(w, "second")
 	case <-r.Context().Done():
 	}
@@ -273,7 +275,9 @@ func (s *server) gateWait(w http.ResponseWriter, r *http.Request) {
 
 func (s *server) gateOpen(w http.ResponseWriter, r *http.Request) {
 	close(s.gate(r.PathValue("name")))
+	s.mu.Lock()
 	delete(s.gates, r.PathValue("name"))
+	s.mu.Unlock()
 	w.WriteHeader(http.StatusNoContent)
 }
 
