@@ -1,7 +1,7 @@
 //! Listeners: what is bound, what it is prepared with, and the loop that accepts.
 //!
-//! A listener keeps its socket for as long as its name and address stay; what its connections are served with is one
-//! immutable state that a reload or a rotation swaps.
+//! A listener keeps its socket for as long as its name and address stay; what its connections are served with is in
+//! [`super::state`].
 
 use std::fmt;
 use std::io;
@@ -16,20 +16,15 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::connection::Connection;
-use super::http::Pool;
 use super::io::{Plain, tune};
-use super::record::{Cause, Observer, RequestCause};
-use super::registry::{Entry, Registry};
+use super::record::{Cause, Observer};
+use super::registry::Registry;
+use super::state::{InboundState, OutboundState};
 use super::trace::Sampler;
-use super::upstream::{HostPort, Target};
 use crate::clock::Clock;
 use crate::config::address;
-use crate::config::schema::{Connections, Detect, HttpLimits, InboundHttp, OnPeerExpiry, Protocol, ProxyProtocol};
-use crate::identity::svid::Usage;
-use crate::policy::{Expected, ListenerPolicy};
-use crate::tls::reason::Reason;
+use crate::config::schema::Protocol;
 use crate::tls::record::Direction;
-use crate::tls::{ClientTls, Peer, Profile, ServerTls, Trust};
 
 /// What all listeners of a proxy share.
 pub struct Shared {
@@ -51,70 +46,6 @@ impl fmt::Debug for Shared {
     }
 }
 
-/// What an inbound listener's connections are served with.
-#[derive(Debug)]
-pub struct InboundState {
-    /// The workload.
-    pub to: Target,
-    /// Who may connect.
-    pub policy: Arc<ListenerPolicy>,
-    /// Limits and timeouts.
-    pub limits: Connections,
-    /// Whether the peer's identity is sent ahead of the bytes.
-    pub proxy_protocol: ProxyProtocol,
-    /// What it carries.
-    pub protocol: Protocol,
-    /// Whether bytes are carried unseen because the server speaks first.
-    pub server_first: bool,
-    /// How it is found out what is spoken.
-    pub detect: Arc<Detect>,
-    /// Options of HTTP.
-    pub http: InboundHttp,
-    /// Limits of HTTP.
-    pub http_limits: Arc<HttpLimits>,
-    /// Where requests go, if it carries any.
-    pub pool: Option<Arc<Pool>>,
-    /// The profile.
-    pub profile: Arc<Profile>,
-    /// Places for handshakes.
-    pub slots: Arc<Semaphore>,
-    /// Trust of this generation; none before the first identity.
-    pub trust: Option<Arc<Trust>>,
-    /// Prebuilt TLS; none while there is no identity that may be used.
-    pub tls: Option<Arc<ServerTls>>,
-}
-
-/// What an outbound listener's connections are served with.
-#[derive(Debug)]
-pub struct OutboundState {
-    /// The upstream's addresses as declared.
-    pub to: Vec<HostPort>,
-    /// Whom we expect there.
-    pub expected: Arc<Expected>,
-    /// Limits and timeouts.
-    pub limits: Connections,
-    /// What it carries.
-    pub protocol: Protocol,
-    /// Whether bytes are carried unseen because the server speaks first.
-    pub server_first: bool,
-    /// How it is found out what is spoken.
-    pub detect: Arc<Detect>,
-    /// Limits of HTTP.
-    pub http_limits: Arc<HttpLimits>,
-    /// Where requests go, if it carries any.
-    pub pool: Option<Arc<Pool>>,
-    /// How long one address may take to accept.
-    pub connect_timeout: Duration,
-    /// The profile.
-    pub profile: Arc<Profile>,
-    /// Places for handshakes.
-    pub slots: Arc<Semaphore>,
-    /// Trust of this generation; none before the first identity.
-    pub trust: Option<Arc<Trust>>,
-    /// Prebuilt TLS; none while there is no identity that may be used.
-    pub tls: Option<Arc<ClientTls>>,
-}
-
 /// An inbound listener.
 #[derive(Debug)]
 pub struct Inbound {
@@ -131,75 +62,6 @@ pub struct Outbound {
     pub name: Arc<str>,
     /// What it serves with now.
     pub state: ArcSwap<OutboundState>,
-}
-
-impl InboundState {
-    /// Whether a live connection of this peer would still be admitted; the cause if not.
-    pub fn rejudge(&self, entry: &Entry, peer: &Peer, clock: &Clock) -> Option<Cause> {
-        let (Some(trust), Some(_)) = (&self.trust, &self.tls) else { return Some(Cause::OwnExpired) };
-        rejudge_trust(trust, peer, Usage::Client, self.limits.on_peer_expiry, clock).or_else(|| {
-            let admitted = match (entry.is_http(), self.protocol) {
-                (true, Protocol::Tcp) | (false, Protocol::Http) => false,
-                (true, _) => self.policy.could_admit(peer.id()),
-                (false, _) => self.policy.decide(peer.id()).admits(),
-            };
-            (!admitted).then_some(Cause::PolicyChanged)
-        })
-    }
-
-    /// Ends those requests of a live connection that would no longer be admitted. Answers how many those were.
-    pub fn rejudge_requests(&self, entry: &Entry, peer: &Peer) -> usize {
-        if entry.requests().is_empty() {
-            return 0;
-        }
-        let rules = self.policy.for_peer(peer.id());
-        entry
-            .requests()
-            .rejudge(|facts| (!rules.decide(facts).decision.admits()).then_some(RequestCause::PolicyChanged))
-    }
-
-    /// It was replaced: nothing new begins by it.
-    pub fn retire(&self) {
-        if let Some(pool) = &self.pool {
-            pool.retire();
-        }
-    }
-}
-
-impl OutboundState {
-    /// Whether a live connection to this upstream would still be admitted; the cause if not.
-    pub fn rejudge(&self, _: &Entry, peer: &Peer, clock: &Clock) -> Option<Cause> {
-        let (Some(trust), Some(_)) = (&self.trust, &self.tls) else { return Some(Cause::OwnExpired) };
-        rejudge_trust(trust, peer, Usage::Server, self.limits.on_peer_expiry, clock)
-            .or_else(|| (!self.expected.contains(peer.id())).then_some(Cause::PolicyChanged))
-    }
-}
-
-impl OutboundState {
-    /// It was replaced: nothing new begins by it.
-    pub fn retire(&self) {
-        if let Some(pool) = &self.pool {
-            pool.retire();
-        }
-    }
-}
-
-fn rejudge_trust(trust: &Trust, peer: &Peer, usage: Usage, on_expiry: OnPeerExpiry, clock: &Clock) -> Option<Cause> {
-    // Where expiry is allowed to pass, everything else is still judged, as of the last moment of validity.
-    let expired = clock.now() > peer.not_after();
-    let judged = if expired && on_expiry == OnPeerExpiry::Keep {
-        trust.judge_at(peer.chain(), usage, peer.not_after())
-    } else {
-        trust.judge(peer.chain(), usage)
-    };
-    match judged {
-        Ok(_) => None,
-        Err(failure) => Some(match failure.reason {
-            Reason::Revoked => Cause::Revoked,
-            Reason::Expired => Cause::PeerExpired,
-            _ => Cause::BundleChanged,
-        }),
-    }
 }
 
 /// Who connected.

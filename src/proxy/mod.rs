@@ -15,8 +15,10 @@ mod outbound;
 pub mod proxy_protocol;
 pub mod record;
 pub mod registry;
+pub mod state;
 pub mod tcp;
 pub mod trace;
 pub mod upstream;
 
-pub use listener::{Inbound, InboundState, Listener, Outbound, OutboundState, Shared};
+pub use listener::{Inbound, Listener, Outbound, Shared};
+pub use state::{InboundState, OutboundState};

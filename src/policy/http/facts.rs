@@ -77,7 +77,7 @@ impl HeaderNames {
 }
 
 /// Whether a header's name is that one for a workload that makes no difference between `-` and `_`.
-fn same_field(name: &str, wanted: &str) -> bool {
+pub(crate) fn same_field(name: &str, wanted: &str) -> bool {
     name.len() == wanted.len()
         && name.bytes().zip(wanted.bytes()).all(|(have, want)| have == want || (have == b'_' && want == b'-'))
 }
@@ -208,7 +208,7 @@ impl fmt::Debug for HttpFacts {
 }
 
 /// By the gRPC protocol over HTTP/2: POST, and a content type of `application/grpc`, alone or with `+…` or `;…`.
-fn is_grpc(method: &Method, headers: &HeaderMap) -> bool {
+pub(crate) fn is_grpc(method: &Method, headers: &HeaderMap) -> bool {
     const TYPE: &[u8] = b"application/grpc";
     let mut types = headers.get_all(header::CONTENT_TYPE).iter().map(HeaderValue::as_bytes).peekable();
     method == Method::POST

@@ -34,6 +34,7 @@ pub mod pattern;
 mod peer;
 
 pub use facts::{ConnectionFacts, HeaderNames, HttpFacts, HttpTarget, TlsFacts};
+pub(crate) use facts::{is_grpc, same_field};
 pub use peer::{PeerPolicy, RequestDecision};
 
 pub(super) use peer::HttpRule;

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use http::HeaderValue;
@@ -17,6 +17,7 @@ use super::h2_guard::{FloodHandle, FrameLimits, H2Guard};
 use super::linger::Lingering;
 use super::service;
 use super::tunnel::Tunnel;
+use super::watch::{Due, Watch};
 use crate::config::schema::HttpLimits;
 use crate::identity::SpiffeId;
 use crate::policy::http::ConnectionFacts;
@@ -144,7 +145,7 @@ pub(super) struct Downstream {
     sent: AtomicU64,
     received: AtomicU64,
     /// Moves on with every request and every piece of a body.
-    progress: AtomicU64,
+    pub(super) progress: AtomicU64,
     tunnel: Mutex<Option<Tunnel>>,
 }
 
@@ -297,7 +298,7 @@ where
             }
             () = down.entry.until_draining(), if !shutting => {
                 shutting = true;
-                watch.shut = Instant::now().checked_add(IDLE_DRAIN);
+                watch.shut_after(IDLE_DRAIN);
                 timer.as_mut().reset(watch.next().into());
             }
             () = &mut timer => {
@@ -370,63 +371,4 @@ where
 
 fn stop_requests(down: &Downstream) {
     down.entry.requests().stop_all(RequestCause::ConnectionEnded);
-}
-
-/// What a connection's timer has found.
-enum Due {
-    Nothing,
-    /// Nothing new begins on it.
-    Shut,
-    /// Its age is reached.
-    Drain,
-    /// It is over.
-    Stop(Cause),
-}
-
-/// The deadlines of a connection, and when it last got on.
-struct Watch {
-    deadlines: Deadlines,
-    /// When an HTTP/1 connection that drains is closed although nothing was asked on it.
-    shut: Option<Instant>,
-    looked: Instant,
-    seen: u64,
-}
-
-impl Watch {
-    fn new(deadlines: &Deadlines) -> Self {
-        Self { deadlines: *deadlines, shut: None, looked: Instant::now(), seen: 0 }
-    }
-
-    /// When to look next.
-    fn next(&self) -> Instant {
-        let still = self.looked + self.deadlines.idle;
-        let fixed = [self.deadlines.max_age, self.deadlines.peer_expiry, self.shut];
-        fixed.into_iter().flatten().fold(still, Instant::min)
-    }
-
-    /// What is due. A connection on which nothing has moved between two looks has stood still for `idle`, whether nothing
-    /// was asked on it or its client takes no answer.
-    fn look(&mut self, down: &Downstream) -> Due {
-        let now = Instant::now();
-        let passed = |at: Option<Instant>| at.is_some_and(|at| at <= now);
-        if passed(self.deadlines.peer_expiry) {
-            return Due::Stop(Cause::PeerExpired);
-        }
-        if passed(self.deadlines.max_age) {
-            self.deadlines.max_age = None;
-            return Due::Drain;
-        }
-        if passed(self.shut) {
-            self.shut = None;
-            return Due::Shut;
-        }
-        if self.looked + self.deadlines.idle <= now {
-            let progress = down.progress.load(Ordering::Relaxed);
-            if progress == self.seen {
-                return Due::Stop(Cause::Idle);
-            }
-            (self.seen, self.looked) = (progress, now);
-        }
-        Due::Nothing
-    }
 }

@@ -15,6 +15,7 @@ use super::headers;
 use super::live::Live;
 use crate::config::schema::PolicyMode;
 use crate::policy::HttpFacts;
+use crate::policy::http::is_grpc;
 use crate::proxy::record::{HttpVersion, RequestCause, RequestRecord, TraceContext};
 use crate::tls::record::Direction;
 
@@ -58,7 +59,7 @@ impl Exchange {
             at: SystemTime::now(),
             method: parts.method.clone(),
             version,
-            grpc: headers::is_grpc(&parts.headers),
+            grpc: is_grpc(&parts.method, &parts.headers),
             host: Box::default(),
             path: Box::default(),
             proof: None,

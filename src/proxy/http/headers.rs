@@ -7,6 +7,7 @@
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 
 use crate::config::schema::Forwarded;
+use crate::policy::http::same_field;
 
 /// The verified identity, in Envoy's format.
 pub(super) const CLIENT_CERT: &str = "x-forwarded-client-cert";
@@ -26,11 +27,7 @@ const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto")
 const KEPT: [HeaderName; 5] =
     [header::HOST, header::CONTENT_LENGTH, header::CONTENT_TYPE, header::AUTHORIZATION, header::COOKIE];
 
-/// Whether `name` is `wanted`, which is in lower case with `-`, in any spelling that a backend may fold into it.
-fn folds_to(name: &str, wanted: &str) -> bool {
-    name.len() == wanted.len() && begins_folded(name, wanted)
-}
-
+/// Whether `name` begins with `wanted`, which is in lower case with `-`, in any spelling that a backend may fold into it.
 fn begins_folded(name: &str, wanted: &str) -> bool {
     // Names of a header map are in lower case already.
     name.len() >= wanted.len()
@@ -38,7 +35,7 @@ fn begins_folded(name: &str, wanted: &str) -> bool {
 }
 
 fn is_forwarded(name: &str) -> bool {
-    folds_to(name, "forwarded") || begins_folded(name, "x-forwarded-") || folds_to(name, "x-real-ip")
+    same_field(name, "forwarded") || begins_folded(name, "x-forwarded-") || same_field(name, "x-real-ip")
 }
 
 /// The elements of a list that may stand in several fields. As octets: one that is no text hides none of the others.
@@ -91,8 +88,8 @@ pub fn remove_claims(headers: &mut HeaderMap, forwarded: Forwarded, client_cert:
         let name = name.as_str();
         match name.as_bytes().first() {
             Some(b'x') => {
-                (client_cert && folds_to(name, CLIENT_CERT))
-                    || (forwarded == Forwarded::Remove && !folds_to(name, CLIENT_CERT) && is_forwarded(name))
+                (client_cert && same_field(name, CLIENT_CERT))
+                    || (forwarded == Forwarded::Remove && !same_field(name, CLIENT_CERT) && is_forwarded(name))
             }
             Some(b'f') => forwarded == Forwarded::Remove && is_forwarded(name),
             Some(b'p') => begins_folded(name, OURS),
@@ -146,14 +143,6 @@ pub(super) fn join_cookies(headers: &mut HeaderMap) {
         whole.set_sensitive(true);
         headers.insert(header::COOKIE, whole);
     }
-}
-
-/// Whether the message is of gRPC (its HTTP/2 protocol document, "Content-Type").
-pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(header::CONTENT_TYPE).is_some_and(|value| {
-        let value = value.as_bytes();
-        value.strip_prefix(b"application/grpc").is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
-    })
 }
 
 /// The deadline that a gRPC caller has set (`grpc-timeout` of its HTTP/2 protocol document: at most eight digits and a
@@ -269,16 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn grpc_is_told_by_its_content_type_and_says_how_long_it_waits() {
-        for (value, is) in [
-            ("application/grpc", true),
-            ("application/grpc+proto", true),
-            ("application/grpc;x", true),
-            ("application/grpc-web", false),
-            ("application/json", false),
-        ] {
-            assert_eq!(is_grpc(&headers(&[("content-type", value)])), is, "{value}");
-        }
+    fn a_grpc_caller_says_how_long_it_waits() {
         let wait = |text| grpc_timeout(&headers(&[("grpc-timeout", text)]));
         assert_eq!(wait("100m"), Some(std::time::Duration::from_millis(100)));
         assert_eq!(wait("99999999H").map(|d| d.as_secs()), Some(99_999_999 * 3600));

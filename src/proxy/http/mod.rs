@@ -26,6 +26,7 @@ mod prepare;
 mod send;
 mod service;
 mod tunnel;
+mod watch;
 
 pub(super) use downstream::{Spoken, Way, serve};
 pub(super) use linger::Lingering;
