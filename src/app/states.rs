@@ -1,0 +1,129 @@
+//! From what is declared and what is current to what a listener serves with.
+//!
+//! In: the house (config, profile, policy, trust) and an identity. Out: one immutable state a listener, its TLS prebuilt and
+//! its pool empty.
+
+use std::sync::Arc;
+
+use super::House;
+use crate::config::address;
+use crate::config::schema::{self, Protocol};
+use crate::identity::Identity;
+use crate::policy::Expected;
+use crate::proxy::http::{Mesh, Pool};
+use crate::proxy::listener::Shared;
+use crate::proxy::state::{InboundState, OutboundState};
+use crate::proxy::upstream::{HostPort, Target};
+use crate::tls::server::{Accepts, Serves};
+use crate::tls::{ClientTls, ServerTls};
+
+impl House {
+    /// Whether one of these ports is declared as one on which the server speaks first.
+    fn server_first(&self, ports: impl IntoIterator<Item = Option<u16>>) -> bool {
+        ports.into_iter().flatten().any(|port| self.config.detect.opaque_ports.contains(&port))
+    }
+
+    /// What this inbound listener's connections are served with under `identity`; none if it is not declared.
+    pub(super) fn inbound_state(
+        &self,
+        name: &str,
+        identity: Option<&Arc<Identity>>,
+        shared: &Arc<Shared>,
+    ) -> Option<InboundState> {
+        let declared = self.config.inbound.iter().find(|inbound| inbound.name == name)?;
+        let policy = self.policy.listener(name)?;
+        let tls = identity.zip(self.trust.as_ref()).and_then(|(identity, trust)| {
+            let accepts = Accepts { serves: serves(declared.protocol), legacy_tls12: declared.legacy_tls12 };
+            ServerTls::new(&self.profile, identity, trust, &policy, &shared.clock, accepts, self.generation)
+                .map(Arc::new)
+                .map_err(|error| tracing::error!(listener = name, %error, "the TLS configuration cannot be built"))
+                .ok()
+        });
+        Some(InboundState {
+            to: Target::parse(&declared.to).ok()?,
+            policy,
+            limits: self.config.connections.with(&declared.connections),
+            proxy_protocol: declared.proxy_protocol,
+            protocol: declared.protocol,
+            server_first: self.server_first([Some(declared.listen.port()), port_of(&declared.to)]),
+            detect: Arc::new(self.config.detect.clone()),
+            http: declared.http.clone(),
+            http_limits: Arc::new(self.config.http.clone()),
+            pool: match declared.protocol {
+                Protocol::Tcp => None,
+                Protocol::Http | Protocol::Detect => Some(Pool::workload(shared, name, &declared.to).ok()?),
+            },
+            profile: Arc::clone(&self.profile),
+            slots: Arc::clone(&self.slots),
+            trust: self.trust.clone(),
+            tls,
+        })
+    }
+
+    /// What this outbound listener's connections are served with under `identity`; none if it is not declared.
+    pub(super) fn outbound_state(
+        &self,
+        name: &str,
+        identity: Option<&Arc<Identity>>,
+        shared: &Arc<Shared>,
+    ) -> Option<OutboundState> {
+        let declared: &schema::Outbound = self.config.outbound.iter().find(|outbound| outbound.name == name)?;
+        let expected = Arc::new(Expected::new(name, declared.expect.as_slice()));
+        let tls = identity.zip(self.trust.as_ref()).and_then(|(identity, trust)| {
+            ClientTls::new(&self.profile, identity, trust, &expected, &shared.clock, declared.legacy_tls12)
+                .map(Arc::new)
+                .map_err(|error| tracing::error!(listener = name, %error, "the TLS configuration cannot be built"))
+                .ok()
+        });
+        let hosts = || declared.to.as_slice().iter().map(|to| HostPort::parse(to)).collect::<Result<Vec<_>, _>>().ok();
+        let limits = self.config.connections.with(&declared.connections);
+        let mut ports: Vec<Option<u16>> = declared.to.as_slice().iter().map(|to| port_of(to)).collect();
+        ports.push(port_of(&declared.listen));
+        let pool = match declared.protocol {
+            Protocol::Tcp => None,
+            Protocol::Http | Protocol::Detect => {
+                let mesh = Mesh {
+                    hosts: hosts()?,
+                    tls: tls.clone(),
+                    expected: Arc::clone(&expected),
+                    profile: Arc::clone(&self.profile),
+                    slots: Arc::clone(&self.slots),
+                    limits: limits.clone(),
+                    connect_timeout: declared.connect_timeout.0,
+                };
+                Some(Pool::mesh(shared, name, mesh, declared.http.clone()))
+            }
+        };
+        Some(OutboundState {
+            to: hosts()?,
+            expected,
+            limits,
+            protocol: declared.protocol,
+            server_first: self.server_first(ports),
+            detect: Arc::new(self.config.detect.clone()),
+            http_limits: Arc::new(self.config.http.clone()),
+            pool,
+            connect_timeout: declared.connect_timeout.0,
+            profile: Arc::clone(&self.profile),
+            slots: Arc::clone(&self.slots),
+            trust: self.trust.clone(),
+            tls,
+        })
+    }
+}
+
+/// The port of an address as declared; none for a Unix socket.
+fn port_of(text: &str) -> Option<u16> {
+    match address::Target::parse(text).ok()? {
+        address::Target::Tcp { port, .. } => Some(port),
+        address::Target::Unix(_) => None,
+    }
+}
+
+fn serves(protocol: Protocol) -> Serves {
+    match protocol {
+        Protocol::Tcp => Serves::Bytes,
+        Protocol::Http => Serves::Http,
+        Protocol::Detect => Serves::Any,
+    }
+}
