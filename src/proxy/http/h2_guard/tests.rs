@@ -10,6 +10,9 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
+use tokio::time::Instant;
+
+use super::rates::Bucket;
 use super::*;
 
 const NONE: Rate = Rate { per_second: 0, burst: 0 };
