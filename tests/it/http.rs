@@ -331,6 +331,52 @@ async fn a_listener_that_detects_carries_http_and_bytes() {
     pair.client.metric_reaches("portcullis_detected_total", &[("result", "opaque")], 1.0).await;
 }
 
+/// A workload whose clients wait for it to speak: the first words, then an echo.
+async fn greeter() -> std::net::SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let _ = stream.write_all(b"220 ready\r\n").await;
+                let (mut read, mut write) = stream.split();
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn where_the_server_speaks_first_the_config_says_so() {
+    let workload = greeter().await;
+    let detect = "protocol: detect";
+    let extra = Extra { inbound: detect, outbound: detect, ..Extra::default() };
+    let greeted = async |pair: &Pair| {
+        let mut stream = TcpStream::connect(pair.address).await.unwrap();
+        let mut words = String::new();
+        let mut first = [0; 11];
+        if soon("the first words, or the end", stream.read_exact(&mut first)).await.is_ok() {
+            words.push_str(&String::from_utf8_lossy(&first));
+        }
+        words
+    };
+    // By default nobody who is silent gets through, and that is counted.
+    let timeout = "detect: { timeout: 200ms }\n";
+    let pair = Pair::start(workload, Extra { server: timeout, client: timeout, ..extra }).await;
+    assert_eq!(greeted(&pair).await, "");
+    pair.client.metric_reaches("portcullis_detected_total", &[("result", "timeout")], 1.0).await;
+    // It may be let through as bytes, after the wait.
+    let opaque = "detect: { timeout: 200ms, on_timeout: opaque }\n";
+    let pair = Pair::start(workload, Extra { server: opaque, client: opaque, ..extra }).await;
+    assert_eq!(greeted(&pair).await, "220 ready\r\n");
+    // Or nothing is waited for: a minute would be too long for this test.
+    let at_once = format!("detect: {{ timeout: 60s, opaque_ports: [{}] }}\n", workload.port());
+    let pair = Pair::start(workload, Extra { server: &at_once, client: opaque, ..extra }).await;
+    assert_eq!(greeted(&pair).await, "220 ready\r\n");
+    assert_eq!(pair.server.metrics().await.sum("portcullis_detected_total", &[]), 0.0);
+}
+
 #[tokio::test]
 async fn whoever_takes_no_answer_does_not_hold_a_connection_for_ever() {
     let (_origin, at) = http_origin().await;

@@ -26,6 +26,7 @@ mod cli;
 mod demo;
 mod envoy;
 mod envoy_http;
+mod floods;
 mod grpc;
 mod h2spec;
 mod hostile;
