@@ -368,6 +368,60 @@ async fn connect_is_refused() {
     assert_eq!(requests_seen(at).await, 0);
 }
 
+/// A workload that lets a CONNECT become an echo, whatever it names.
+async fn tunneller() -> std::net::SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(stream.read_u8().await.unwrap());
+                }
+                assert!(head.starts_with(b"CONNECT db.example:5432 HTTP/1.1\r\n"), "{}", head.escape_ascii());
+                stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+                let (mut read, mut write) = stream.split();
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn connect_is_carried_where_a_rule_names_it() {
+    let workload = tunneller().await;
+    let policy = "policy:
+  rules:
+    - { name: tunnel, from: ['spiffe://a.example/client'], to: [in], http: [{ methods: [CONNECT], hosts: [db.example] }] }
+";
+    let mut pair = Pair::start(workload, ruled(policy)).await;
+    for way in pair.ways().await {
+        let mut stream = way.connect().await;
+        let head = "CONNECT db.example:5432 HTTP/1.1\r\nHost: db.example:5432\r\n\r\n";
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.flush().await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            answer.push(soon("the answer", stream.read_u8()).await.unwrap());
+        }
+        assert!(answer.starts_with(b"HTTP/1.1 200"), "{}: {}", way.name(), answer.escape_ascii());
+        // Nothing of it is HTTP any more.
+        let bytes = b"\0\x01 GET / HTTP/1.1\r\nno head\n\n";
+        stream.write_all(bytes).await.unwrap();
+        stream.flush().await.unwrap();
+        let mut back = vec![0; bytes.len()];
+        soon("an echo", stream.read_exact(&mut back)).await.unwrap();
+        assert_eq!(back, bytes, "{}", way.name());
+        drop(stream);
+        let record = pair.server.request("the tunnel", |line| line["status"] == 200).await;
+        assert_eq!((&record["rule"], &record["method"]), (&"tunnel".into(), &"CONNECT".into()), "{record}");
+        let other = "CONNECT other.example:5432 HTTP/1.1\r\nHost: other.example:5432\r\n\r\n";
+        assert_eq!(Answer::parse(&way.send(other.as_bytes()).await).status, 403, "{}", way.name());
+    }
+}
+
 #[tokio::test]
 async fn a_rule_in_audit_mode_counts_and_does_nothing() {
     let (_origin, at) = http_origin().await;
