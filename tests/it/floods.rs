@@ -19,8 +19,10 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
-/// One step of each flood, by its number.
-fn floods() -> [(&'static str, fn(u32) -> Vec<u8>); 7] {
+/// What a flood is made of, by the number of the step.
+type Step = fn(u32) -> Vec<u8>;
+
+fn floods() -> [(&'static str, Step); 7] {
     [
         ("SETTINGS", |_| frame(4, 0, 0, b"")),
         ("PING", |_| frame(6, 0, 0, b"12345678")),
