@@ -94,6 +94,11 @@ impl Failed {
         Self::new(if timed_out { RequestCause::Timeout } else { RequestCause::Unreachable }, detail)
     }
 
+    /// The time that its caller gives it is over.
+    pub(super) fn out_of_time() -> Self {
+        Self::new(RequestCause::Timeout, "no answer within the request's time")
+    }
+
     /// Whether the address is not to blame.
     pub(super) fn blameless(&self) -> bool {
         let own = matches!(

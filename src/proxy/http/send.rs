@@ -232,6 +232,8 @@ async fn attempt(
     };
     match answered {
         Ok(Ok(response)) => Try::Answered(response, lease),
+        // The other side may see that the caller's time is over before our own timer tells.
+        Ok(Err(_)) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => Try::Lost(Failed::out_of_time()),
         Ok(Err(mut error)) => {
             let unsent = error.take_message();
             let error = error.into_error();
@@ -283,8 +285,8 @@ async fn within<F: Future + Unpin>(
     });
     match deadline {
         None => watched.await,
-        Some(deadline) => tokio::time::timeout_at(deadline.into(), watched)
-            .await
-            .unwrap_or_else(|_| Err(Failed::new(RequestCause::Timeout, "no answer within the request's time"))),
+        Some(deadline) => {
+            tokio::time::timeout_at(deadline.into(), watched).await.unwrap_or_else(|_| Err(Failed::out_of_time()))
+        }
     }
 }
