@@ -300,6 +300,15 @@ fn files_that_cannot_be_a_config_are_refused_as_a_whole() {
     assert!(load(dir.path()).is_err());
 }
 
+#[test]
+fn a_bad_name_breaks_no_line_in_which_another_finding_tells_of_it() {
+    let two = "inbound: [{name: \"a\\tb\\e[1m\", listen: '0.0.0.0:1', to: '127.0.0.1:80', allow: ['spiffe://td']}]\n\
+               policy: {rules: [{name: r, from: ['spiffe://td'], to: [other]}]}\n";
+    let said = errors(&format!("{IDENTITY}{two}"));
+    assert!(said.contains("there is no inbound listener 'other'; there are: a\\tb"), "{said}");
+    assert!(said.lines().all(|line| !line.chars().any(char::is_control)), "{said}");
+}
+
 proptest::proptest! {
     #![proptest_config(proptest::prelude::ProptestConfig::with_cases(400))]
 

@@ -31,13 +31,22 @@ struct Checker<'a> {
 impl Checker<'_> {
     fn error(&mut self, path: &[Step<'_>], what: impl Into<String>) {
         let place = Some(self.places.at(path));
-        self.found.errors.push(Finding { place, what: what.into() });
+        self.found.errors.push(Finding { place, what: one_line(what.into()) });
     }
 
     fn warn(&mut self, path: &[Step<'_>], what: impl Into<String>) {
         let place = Some(self.places.at(path));
-        self.found.warnings.push(Finding { place, what: what.into() });
+        self.found.warnings.push(Finding { place, what: one_line(what.into()) });
     }
+}
+
+/// A finding may tell of names that hold anything: what could break a line or move a cursor is written out.
+fn one_line(what: String) -> String {
+    if !what.chars().any(char::is_control) {
+        return what;
+    }
+    let escaped = |c: char| if c.is_control() { c.escape_debug().to_string() } else { c.to_string() };
+    what.chars().map(escaped).collect()
 }
 
 /// Judges a config and brings it into one form.
