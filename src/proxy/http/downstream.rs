@@ -20,7 +20,7 @@ use super::tunnel::Tunnel;
 use super::watch::{Due, Watch};
 use crate::config::schema::HttpLimits;
 use crate::identity::SpiffeId;
-use crate::policy::http::ConnectionFacts;
+use crate::policy::http::{ConnectionFacts, TlsFacts};
 use crate::policy::{ListenerPolicy, PeerPolicy};
 use crate::proxy::connection::Connection;
 use crate::proxy::listener::{Inbound, Outbound, Shared};
@@ -67,7 +67,20 @@ impl Way {
         negotiated: Negotiated,
         local: SpiffeId,
     ) -> Self {
-        Self::Inbound(Box::new(Incoming::new(listener, peer, negotiated, local)))
+        let facts = Arc::new(ConnectionFacts {
+            source: peer.id().clone(),
+            destination: Some(local.clone()),
+            tls: Some(TlsFacts {
+                version: negotiated.version,
+                cipher_suite: negotiated.cipher_suite,
+                group: negotiated.group,
+                key_type: negotiated.peer_key,
+                resumed: negotiated.resumed,
+            }),
+        });
+        let client_cert = client_cert(&peer, &local);
+        let rules = ArcSwapOption::empty();
+        Self::Inbound(Box::new(Incoming { listener, peer, negotiated, local, facts, client_cert, rules }))
     }
 }
 
@@ -86,27 +99,6 @@ pub(in crate::proxy) struct Incoming {
 }
 
 impl Incoming {
-    pub(in crate::proxy) fn new(
-        listener: Arc<Inbound>,
-        peer: Arc<Peer>,
-        negotiated: Negotiated,
-        local: SpiffeId,
-    ) -> Self {
-        let facts = Arc::new(ConnectionFacts {
-            source: peer.id().clone(),
-            destination: Some(local.clone()),
-            tls: Some(crate::policy::http::TlsFacts {
-                version: negotiated.version,
-                cipher_suite: negotiated.cipher_suite,
-                group: negotiated.group,
-                key_type: negotiated.peer_key,
-                resumed: negotiated.resumed,
-            }),
-        });
-        let client_cert = client_cert(&peer, &local);
-        Self { listener, peer, negotiated, local, facts, client_cert, rules: ArcSwapOption::empty() }
-    }
-
     /// The rules about this peer in `policy`.
     pub(super) fn rules(&self, policy: &Arc<ListenerPolicy>) -> Arc<PeerPolicy> {
         if let Some(known) = &*self.rules.load()

@@ -16,7 +16,6 @@ use super::endpoint::{Endpoint, Lease, Line};
 use super::exchange::Exchange;
 use super::message::{Becomes, Head};
 use super::pool::{Failed, Pool, Want};
-use super::service::deadline;
 use crate::policy::http::HttpFacts;
 use crate::policy::{Admitted, HttpSubject, RequestDecision};
 use crate::proxy::record::{Event, HttpVersion, RequestCause};
@@ -82,7 +81,7 @@ pub(super) async fn send(
     if by_rule != pool.is_workload() {
         return Err(Failed::new(RequestCause::Denied, "not cleared for this upstream"));
     }
-    let deadline = deadline(patience);
+    let deadline = patience.and_then(|patience| Instant::now().checked_add(patience));
     let becomes = head.becomes;
     let want = match (becomes, head.version) {
         (Becomes::WebSocket, _) => Want::Tunnel,

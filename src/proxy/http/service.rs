@@ -10,7 +10,6 @@
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use http::header::{self, HeaderValue};
 use http::{Request, Response, StatusCode};
@@ -165,9 +164,4 @@ fn reply(mut exchange: Box<Exchange>, sent: Sent, upgrade: Option<OnUpgrade>) ->
     }
     let idle = down.idle;
     Response::from_parts(parts, ReplyBody::upstream(body, exchange, lease, idle))
-}
-
-/// The moment at which patience ends.
-pub(super) fn deadline(patience: Option<Duration>) -> Option<Instant> {
-    patience.and_then(|patience| Instant::now().checked_add(patience))
 }
