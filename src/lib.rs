@@ -15,6 +15,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod identity;
+pub mod intercept;
 pub mod policy;
 pub mod proxy;
 pub mod telemetry;

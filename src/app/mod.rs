@@ -4,6 +4,7 @@
 //! data path. [`Proxy::apply`] takes a changed config, validated whole before anything changes; [`Proxy::follow`] swaps
 //! what the listeners serve with whenever the identity changes, and has every live connection judged again.
 
+mod captures;
 pub mod node;
 pub mod source;
 mod states;
@@ -16,6 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use captures::Captures;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 
@@ -48,9 +50,26 @@ impl std::error::Error for ApplyError {}
 /// A listener that serves.
 struct Running<L> {
     listener: Arc<L>,
+    /// None where it serves what is captured.
+    socket: Option<Socket>,
+}
+
+/// The socket of a listener.
+struct Socket {
     declared: Address,
     bound: Address,
     stop: watch::Sender<bool>,
+}
+
+impl<L> Running<L> {
+    fn declared(&self) -> Option<&Address> {
+        self.socket.as_ref().map(|socket| &socket.declared)
+    }
+
+    /// Where it takes connections, in words.
+    fn place(&self) -> String {
+        self.socket.as_ref().map_or_else(|| "captured".into(), |socket| socket.bound.to_string())
+    }
 }
 
 /// What is declared and what was built from it.
@@ -64,6 +83,7 @@ struct House {
     generation: u64,
     inbound: BTreeMap<String, Running<Inbound>>,
     outbound: BTreeMap<String, Running<Outbound>>,
+    captures: Captures,
 }
 
 /// A proxy that runs.
@@ -72,7 +92,6 @@ pub struct Proxy {
     current: watch::Receiver<Current>,
     traffic: Handle,
     house: Mutex<House>,
-    published: watch::Sender<bool>,
 }
 
 impl fmt::Debug for Proxy {
@@ -108,7 +127,12 @@ impl Proxy {
         inherited: &mut Inherited,
     ) -> Result<Arc<Self>, ApplyError> {
         let profile = profile_of(&config)?;
+        let captures = {
+            let _runtime = traffic.enter();
+            Captures::bind(&config, inherited)?
+        };
         let shared = Arc::new(Shared {
+            published: watch::Sender::new(false),
             observer,
             registry: Arc::new(Registry::default()),
             clock,
@@ -124,11 +148,12 @@ impl Proxy {
             generation: 0,
             inbound: BTreeMap::new(),
             outbound: BTreeMap::new(),
+            captures,
             config: config.clone(),
         };
-        let proxy =
-            Arc::new(Self { shared, current, traffic, house: Mutex::new(house), published: watch::Sender::new(false) });
+        let proxy = Arc::new(Self { shared, current, traffic, house: Mutex::new(house) });
         proxy.apply_on(config, inherited)?;
+        proxy.house().captures.start(&proxy.shared, &proxy.traffic);
         Ok(proxy)
     }
 
@@ -169,13 +194,13 @@ impl Proxy {
         let inbound = house.inbound.iter().map(|(name, running)| ListenerInfo {
             name: name.clone(),
             direction: Direction::Inbound,
-            address: running.bound.to_string(),
+            address: running.place(),
             serving: running.listener.state.load().tls.is_some(),
         });
         let outbound = house.outbound.iter().map(|(name, running)| ListenerInfo {
             name: name.clone(),
             direction: Direction::Outbound,
-            address: running.bound.to_string(),
+            address: running.place(),
             serving: running.listener.state.load().tls.is_some(),
         });
         inbound.chain(outbound).collect()
@@ -183,7 +208,7 @@ impl Proxy {
 
     /// Whether every listener has what it needs to serve. Told after the listeners have it, never before.
     pub fn serving(&self) -> watch::Receiver<bool> {
-        self.published.subscribe()
+        self.shared.published.subscribe()
     }
 
     fn house(&self) -> std::sync::MutexGuard<'_, House> {
@@ -205,19 +230,23 @@ impl Proxy {
         let profile = profile_of(&config)?;
         let policy = Arc::new(Policy::load(&config).map_err(ApplyError)?);
         for inbound in &config.inbound {
-            Target::parse(&inbound.to).map_err(|why| ApplyError(format!("inbound '{}': {why}", inbound.name)))?;
+            let target = inbound.to.as_deref().map(Target::parse).transpose();
+            target.map_err(|why| ApplyError(format!("inbound '{}': {why}", inbound.name)))?;
         }
         for outbound in &config.outbound {
             for to in outbound.to.as_slice() {
                 HostPort::parse(to).map_err(|why| ApplyError(format!("outbound '{}': {why}", outbound.name)))?;
             }
         }
-        let inbound: Vec<(String, Address)> =
-            config.inbound.iter().map(|i| (i.name.clone(), Address::Tcp(i.listen))).collect();
+        let inbound: Vec<(String, Option<Address>)> =
+            config.inbound.iter().map(|i| (i.name.clone(), i.listen.map(Address::Tcp))).collect();
         let outbound = config
             .outbound
             .iter()
-            .map(|o| Ok((o.name.clone(), Address::parse(&o.listen).map_err(ApplyError)?)))
+            .map(|o| {
+                let address = o.listen.as_deref().map(Address::parse).transpose().map_err(ApplyError)?;
+                Ok((o.name.clone(), address))
+            })
             .collect::<Result<Vec<_>, ApplyError>>()?;
         // An address that moves from one listener to another is free only once the old one is closed; binding with
         // SO_REUSEADDR does not help there, so such a swap is refused here and works in two steps.
@@ -241,29 +270,35 @@ impl Proxy {
         });
         let identity = self.current.borrow().identity.clone();
         self.renew_trust(&mut house, identity.as_ref());
-        for New { name, declared, listener, patient } in new_inbound {
+        for New { name, socket } in new_inbound {
             let Some(state) = house.inbound_state(&name, identity.as_ref(), &self.shared) else { continue };
             let serving = Arc::new(Inbound { name: name.as_str().into(), state: ArcSwap::from_pointee(state) });
-            let (stop, stopped) = watch::channel(false);
-            let bound = listener.local_address().unwrap_or_else(|_| declared.clone());
-            self.spawn(patient, stopped.clone(), Arc::clone(&serving).run(listener, Arc::clone(&self.shared), stopped));
-            house.inbound.insert(name, Running { listener: serving, declared, bound, stop });
+            let run = |listener, stop| Arc::clone(&serving).run(listener, Arc::clone(&self.shared), stop);
+            let socket = socket.map(|socket| self.spawn(socket, run));
+            house.inbound.insert(name, Running { listener: serving, socket });
         }
-        for New { name, declared, listener, patient } in new_outbound {
+        for New { name, socket } in new_outbound {
             let Some(state) = house.outbound_state(&name, identity.as_ref(), &self.shared) else { continue };
             let serving = Arc::new(Outbound { name: name.as_str().into(), state: ArcSwap::from_pointee(state) });
-            let (stop, stopped) = watch::channel(false);
-            let bound = listener.local_address().unwrap_or_else(|_| declared.clone());
-            self.spawn(patient, stopped.clone(), Arc::clone(&serving).run(listener, Arc::clone(&self.shared), stopped));
-            house.outbound.insert(name, Running { listener: serving, declared, bound, stop });
+            let run = |listener, stop| Arc::clone(&serving).run(listener, Arc::clone(&self.shared), stop);
+            let socket = socket.map(|socket| self.spawn(socket, run));
+            house.outbound.insert(name, Running { listener: serving, socket });
         }
+        house.declare_captures();
         self.publish(&mut house, identity);
         Ok(())
     }
 
     /// Starts a listener; a patient one once connections can be served.
-    fn spawn(&self, patient: bool, mut stop: watch::Receiver<bool>, run: impl Future<Output = ()> + Send + 'static) {
-        let mut serving = self.published.subscribe();
+    fn spawn<F>(&self, socket: NewSocket, run: impl FnOnce(Listener, watch::Receiver<bool>) -> F) -> Socket
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let NewSocket { declared, listener, patient } = socket;
+        let bound = listener.local_address().unwrap_or_else(|_| declared.clone());
+        let (stop_sender, mut stop) = watch::channel(false);
+        let run = run(listener, stop.clone());
+        let mut serving = self.serving();
         self.traffic.spawn(async move {
             if patient {
                 tokio::select! {
@@ -273,6 +308,7 @@ impl Proxy {
             }
             run.await;
         });
+        Socket { declared, bound, stop: stop_sender }
     }
 
     /// Follows the identity for ever: every change is published as it comes.
@@ -351,7 +387,7 @@ impl Proxy {
         }
         let serving = house.inbound.values().all(|running| running.listener.state.load().tls.is_some())
             && house.outbound.values().all(|running| running.listener.state.load().tls.is_some());
-        self.published.send_replace(serving);
+        self.shared.published.send_replace(serving);
     }
 
     /// Stops accepting, waits up to `timeout` for open connections to end, then ends the rest. Answers how many those
@@ -359,8 +395,9 @@ impl Proxy {
     pub async fn drain(&self, timeout: Duration) -> usize {
         let stops: Vec<watch::Sender<bool>> = {
             let house = self.house();
-            let inbound = house.inbound.values().map(|running| &running.stop);
-            inbound.chain(house.outbound.values().map(|running| &running.stop)).cloned().collect()
+            let inbound = house.inbound.values().filter_map(|running| running.socket.as_ref());
+            let sockets = inbound.chain(house.outbound.values().filter_map(|running| running.socket.as_ref()));
+            sockets.map(|socket| socket.stop.clone()).chain([house.captures.stop()]).collect()
         };
         for stop in &stops {
             stop.send_replace(true);
@@ -387,9 +424,13 @@ fn profile_of(config: &Config) -> Result<Arc<Profile>, ApplyError> {
     Profile::from_config(&config.tls).map(Arc::new).map_err(|error| ApplyError(error.to_string()))
 }
 
-/// A listener that has its socket and nothing else yet.
+/// A listener that has its socket, if it is to have one, and nothing else yet.
 struct New {
     name: String,
+    socket: Option<NewSocket>,
+}
+
+struct NewSocket {
     declared: Address,
     listener: Listener,
     /// Whether nothing is accepted before it can be served: another process may be serving on the same socket.
@@ -398,29 +439,33 @@ struct New {
 
 /// Binds the listeners that are new or have moved, unless their sockets are there.
 fn bind_new<L>(
-    declared: &[(String, Address)],
+    declared: &[(String, Option<Address>)],
     running: &BTreeMap<String, Running<L>>,
     inherited: &mut Inherited,
 ) -> Result<Vec<New>, ApplyError> {
     declared
         .iter()
-        .filter(|(name, address)| running.get(name).is_none_or(|running| running.declared != *address))
+        .filter(|(name, address)| running.get(name).is_none_or(|running| running.declared() != address.as_ref()))
         .map(|(name, address)| {
+            let Some(address) = address else { return Ok(New { name: name.clone(), socket: None }) };
             let explain = |error: std::io::Error| ApplyError(format!("listener '{name}': {error}"));
             let (listener, bound) = match inherited.claim(address).map_err(explain)? {
                 Some(listener) => (listener, false),
                 None => (Listener::bind(address).map_err(explain)?, true),
             };
-            Ok(New { name: name.clone(), declared: address.clone(), listener, patient: !bound })
+            let socket = NewSocket { declared: address.clone(), listener, patient: !bound };
+            Ok(New { name: name.clone(), socket: Some(socket) })
         })
         .collect()
 }
 
 /// Whether a running listener stays; one that does not is told to stop, and its name written down.
-fn keep<L>(declared: &[(String, Address)], name: &str, running: &Running<L>, gone: &mut Vec<String>) -> bool {
-    let stays = declared.iter().any(|(other, address)| other == name && *address == running.declared);
+fn keep<L>(declared: &[(String, Option<Address>)], name: &str, running: &Running<L>, gone: &mut Vec<String>) -> bool {
+    let stays = declared.iter().any(|(other, address)| other == name && address.as_ref() == running.declared());
     if !stays {
-        let _ = running.stop.send(true);
+        if let Some(socket) = &running.socket {
+            let _ = socket.stop.send(true);
+        }
         gone.push(name.to_owned());
     }
     stays

@@ -181,6 +181,7 @@ impl Node {
             ("identity", before.identity == config.identity),
             ("labels", before.labels == config.labels),
             ("admin", before.admin == config.admin),
+            ("intercept", before.intercept == config.intercept),
             ("threads", before.threads == config.threads),
             ("tls.svid_keys", before.tls.svid_keys == config.tls.svid_keys),
             ("telemetry.max_peers", before.telemetry.max_peers == config.telemetry.max_peers),

@@ -10,7 +10,7 @@ use crate::config::address;
 use crate::config::schema::{self, Protocol};
 use crate::identity::Identity;
 use crate::policy::Expected;
-use crate::proxy::http::{Mesh, Pool};
+use crate::proxy::http::{ByAddress, Mesh, Pool, Pools};
 use crate::proxy::listener::Shared;
 use crate::proxy::state::{InboundState, OutboundState};
 use crate::proxy::upstream::{HostPort, Target};
@@ -39,19 +39,27 @@ impl House {
                 .map_err(|error| tracing::error!(listener = name, %error, "the TLS configuration cannot be built"))
                 .ok()
         });
+        let to = declared.to.as_deref().map(Target::parse).transpose().ok()?;
+        let mut ports: Vec<Option<u16>> = declared.ports().into_iter().map(Some).collect();
+        ports.push(declared.to.as_deref().and_then(port_of));
         Some(InboundState {
-            to: Target::parse(&declared.to).ok()?,
+            to: to.clone(),
             policy,
             limits: self.config.connections.with(&declared.connections),
             proxy_protocol: declared.proxy_protocol,
             protocol: declared.protocol,
-            server_first: self.server_first([Some(declared.listen.port()), port_of(&declared.to)]),
+            server_first: self.server_first(ports),
             detect: Arc::new(self.config.detect.clone()),
             http: declared.http.clone(),
             http_limits: Arc::new(self.config.http.clone()),
-            pool: match declared.protocol {
-                Protocol::Tcp => None,
-                Protocol::Http | Protocol::Detect => Some(Pool::workload(shared, name, &declared.to).ok()?),
+            pools: match (declared.protocol, to) {
+                (Protocol::Tcp, _) => Pools::None,
+                (Protocol::Http | Protocol::Detect, Some(to)) => Pools::One(Pool::workload(shared, name, to)),
+                (Protocol::Http | Protocol::Detect, None) => {
+                    let (shared, name) = (Arc::clone(shared), name.to_owned());
+                    let pool = move |to| Pool::workload(&shared, &name, Target::Original(to));
+                    Pools::ByAddress(ByAddress::new(pool))
+                }
             },
             profile: Arc::clone(&self.profile),
             slots: Arc::clone(&self.slots),
@@ -78,20 +86,31 @@ impl House {
         let hosts = || declared.to.as_slice().iter().map(|to| HostPort::parse(to)).collect::<Result<Vec<_>, _>>().ok();
         let limits = self.config.connections.with(&declared.connections);
         let mut ports: Vec<Option<u16>> = declared.to.as_slice().iter().map(|to| port_of(to)).collect();
-        ports.push(port_of(&declared.listen));
-        let pool = match declared.protocol {
-            Protocol::Tcp => None,
+        ports.extend(declared.listen.iter().map(|listen| port_of(listen)));
+        ports.extend(declared.capture.iter().flat_map(|capture| &capture.ports).map(|port| Some(*port)));
+        let mesh = {
+            let (tls, expected, limits) = (tls.clone(), Arc::clone(&expected), limits.clone());
+            let (profile, slots) = (Arc::clone(&self.profile), Arc::clone(&self.slots));
+            let connect_timeout = declared.connect_timeout.0;
+            move |hosts| Mesh {
+                hosts,
+                tls: tls.clone(),
+                expected: Arc::clone(&expected),
+                profile: Arc::clone(&profile),
+                slots: Arc::clone(&slots),
+                limits: limits.clone(),
+                connect_timeout,
+            }
+        };
+        let pools = match declared.protocol {
+            Protocol::Tcp => Pools::None,
+            Protocol::Http | Protocol::Detect if declared.to.as_slice().is_empty() => {
+                let (shared, name, options) = (Arc::clone(shared), name.to_owned(), declared.http.clone());
+                let pool = move |to| Pool::mesh(&shared, &name, mesh(vec![HostPort::literal(to)]), options.clone());
+                Pools::ByAddress(ByAddress::new(pool))
+            }
             Protocol::Http | Protocol::Detect => {
-                let mesh = Mesh {
-                    hosts: hosts()?,
-                    tls: tls.clone(),
-                    expected: Arc::clone(&expected),
-                    profile: Arc::clone(&self.profile),
-                    slots: Arc::clone(&self.slots),
-                    limits: limits.clone(),
-                    connect_timeout: declared.connect_timeout.0,
-                };
-                Some(Pool::mesh(shared, name, mesh, declared.http.clone()))
+                Pools::One(Pool::mesh(shared, name, mesh(hosts()?), declared.http.clone()))
             }
         };
         Some(OutboundState {
@@ -102,7 +121,7 @@ impl House {
             server_first: self.server_first(ports),
             detect: Arc::new(self.config.detect.clone()),
             http_limits: Arc::new(self.config.http.clone()),
-            pool,
+            pools,
             connect_timeout: declared.connect_timeout.0,
             profile: Arc::clone(&self.profile),
             slots: Arc::clone(&self.slots),

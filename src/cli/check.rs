@@ -78,8 +78,8 @@ fn meaning(config: &Config) -> Vec<String> {
         format!(
             "outbound {}: {} → mTLS → {}, which must be {}{}",
             listener.name,
-            listener.listen,
-            some(&to),
+            listener.place(),
+            if to.is_empty() { "where it was for".to_owned() } else { some(&to) },
             some(&expected),
             if listener.legacy_tls12 { " (TLS 1.2 too)" } else { "" }
         )
@@ -114,7 +114,12 @@ fn inbound(listener: &Inbound, config: &Config) -> String {
         Protocol::Http => ", HTTP judged by request",
         Protocol::Detect => ", HTTP judged by request or bytes",
     };
-    format!("inbound {}: mTLS on {}{legacy} → {}{carries}, for {who}{but}", listener.name, listener.listen, listener.to)
+    format!(
+        "inbound {}: mTLS on {}{legacy} → {}{carries}, for {who}{but}",
+        listener.name,
+        listener.place(),
+        listener.leads_to()
+    )
 }
 
 /// The first few, and how many more.

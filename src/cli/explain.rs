@@ -148,9 +148,14 @@ fn find<'a>(loaded: &'a Loaded, to: &str) -> Result<&'a Inbound, Failure> {
             expected.join(" or ")
         )));
     }
-    let known: Vec<String> = inbound.iter().map(|l| format!("{} ({})", l.name, l.listen.port())).collect();
+    let known: Vec<String> = inbound.iter().map(|l| format!("{} ({})", l.name, ports_of(l))).collect();
     let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
     Err(Failure::usage(format!("there is no inbound listener '{shown}'; there are: {known}")))
+}
+
+fn ports_of(listener: &Inbound) -> String {
+    let ports: Vec<String> = listener.ports().iter().map(u16::to_string).collect();
+    if ports.is_empty() { listener.place() } else { ports.join(", ") }
 }
 
 fn in_words(loaded: &Loaded, listener: &Inbound, from: &SpiffeId, judged: &Judged) -> Vec<String> {
@@ -160,7 +165,7 @@ fn in_words(loaded: &Loaded, listener: &Inbound, from: &SpiffeId, judged: &Judge
         None => format!("rule '{name}'"),
     };
     let head = if judged.goes_through() { "allowed" } else { "denied" };
-    let mut lines = vec![format!("{head}: {from} → {} ({})", listener.name, listener.listen)];
+    let mut lines = vec![format!("{head}: {from} → {} ({})", listener.name, listener.place())];
     if let Some(request) = &judged.request {
         lines.push(format!("  {}", request.in_words()));
         if let Some(why) = request.malformed {

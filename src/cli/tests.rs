@@ -93,6 +93,8 @@ fn the_reference_shows_every_option_and_its_true_default() {
     let (mut reference, sidecar) = (of(&text), of(&sidecar));
     let traces = reference.telemetry.traces.take().unwrap();
     assert_eq!(traces, serde_json::from_value(serde_json::json!({ "endpoint": traces.endpoint })).unwrap());
+    let intercept = serde_json::from_value(serde_json::json!({ "inbound": {}, "outbound": {} })).unwrap();
+    assert_eq!(reference.intercept, Some(intercept));
     assert_eq!(reference.tls, sidecar.tls);
     assert_eq!(reference.connections, sidecar.connections);
     assert_eq!(reference.admin, sidecar.admin);

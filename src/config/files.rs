@@ -73,7 +73,7 @@ pub fn check_files(loaded: &Loaded) -> FileFindings {
         look.socket(at!["identity"], &socket, "the proxy will wait for the agent");
     }
     for (index, listener) in loaded.config.inbound.iter().enumerate() {
-        if let Ok(Target::Unix(socket)) = Target::parse(&listener.to) {
+        if let Some(Ok(Target::Unix(socket))) = listener.to.as_deref().map(Target::parse) {
             look.socket(at!["inbound", index, "to"], &socket, "connections fail until the workload listens");
         }
     }
@@ -85,7 +85,7 @@ pub fn check_files(loaded: &Loaded) -> FileFindings {
         }
     }
     for (index, listener) in loaded.config.outbound.iter().enumerate() {
-        if let Ok(Target::Unix(socket)) = Target::parse(&listener.listen)
+        if let Some(Ok(Target::Unix(socket))) = listener.listen.as_deref().map(Target::parse)
             && let Some(directory) = socket.parent()
         {
             look.directory(at!["outbound", index, "listen"], directory);

@@ -5,8 +5,10 @@
 //! line names file, line and column and says what to do. Unknown keys are refused.
 
 pub mod address;
+mod captured;
 pub mod files;
 pub mod http;
+pub mod intercept;
 pub mod load;
 mod positions;
 pub mod profile_names;

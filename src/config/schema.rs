@@ -8,8 +8,12 @@ use serde::{Deserialize, Serialize};
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::policy::pattern::IdPattern;
 
+pub use super::captured::Network;
 pub use super::http::{
     EscapedSlash, ForwardClientCert, Forwarded, GrpcMatch, HeaderMatch, HttpMatch, InboundHttp, Protocol, RegoModules,
+};
+pub use super::intercept::{
+    CapturedDestinations, CapturedPorts, InboundMode, Intercept, Passthrough, Plaintext, Udp, Unmatched,
 };
 pub use super::traffic::{Detect, HttpLimits, OnDetectTimeout, OutboundHttp, Retries};
 pub use super::values::{OneOrMany, Span};
@@ -48,6 +52,9 @@ pub struct Config {
     /// How listeners with `protocol: detect` find out what is spoken.
     #[serde(default)]
     pub detect: Detect,
+    /// Transparent interception; nothing is captured when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub intercept: Option<Intercept>,
     /// The address of metrics, probes and state.
     #[serde(default)]
     pub admin: Admin,
@@ -259,12 +266,20 @@ pub struct Inbound {
     /// Its name, unique in the file, in metrics and rules: letters, digits, `.`, `-`, `_`, at most 63.
     pub name: String,
     /// `IP:PORT` to listen on.
-    pub listen: std::net::SocketAddr,
-    /// The workload: `HOST:PORT` or `unix:///path`.
-    pub to: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<std::net::SocketAddr>,
+    /// In place of `listen`: the ports whose captured connections it serves (see `intercept`), or `any`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capture: Option<CapturedPorts>,
+    /// The workload: `HOST:PORT` or `unix:///path`. Where captured connections were for, when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
     /// What it carries.
     #[serde(default)]
     pub protocol: Protocol,
+    /// What becomes of a captured client that speaks no TLS.
+    #[serde(default)]
+    pub plaintext: Plaintext,
     /// Peers that may connect: SPIFFE IDs, patterns by whole segments (`spiffe://td/ns/*/sa/web`), whole trust domains.
     /// Where requests are judged, they may send every request but CONNECT.
     #[serde(default)]
@@ -286,6 +301,35 @@ pub struct Inbound {
     pub connections: ConnectionOverrides,
 }
 
+impl Inbound {
+    /// The ports it is known by: its own, or those whose captured connections it serves.
+    pub fn ports(&self) -> Vec<u16> {
+        let captured = self.capture.iter().flat_map(|capture| capture.named()).copied();
+        self.listen.iter().map(|listen| listen.port()).chain(captured).collect()
+    }
+
+    /// Where it takes connections, in words.
+    pub fn place(&self) -> String {
+        match (&self.listen, &self.capture) {
+            (Some(listen), _) => listen.to_string(),
+            (None, Some(capture)) => format!("captured, {capture}"),
+            (None, None) => "nowhere".into(),
+        }
+    }
+
+    /// Where it leads to, in words.
+    pub fn leads_to(&self) -> &str {
+        self.to.as_deref().unwrap_or("where it was for")
+    }
+}
+
+impl Outbound {
+    /// Where it takes connections, in words.
+    pub fn place(&self) -> String {
+        self.listen.clone().unwrap_or_else(|| "captured".into())
+    }
+}
+
 /// PROXY protocol towards the workload.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -304,15 +348,24 @@ pub struct Outbound {
     /// Its name, unique in the file, in metrics and rules: letters, digits, `.`, `-`, `_`, at most 63.
     pub name: String,
     /// `IP:PORT` (loopback unless `allow_remote_clients`) or `unix:///path` to listen on.
-    pub listen: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<String>,
+    /// In place of `listen`: which captured connections it serves (see `intercept`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capture: Option<CapturedDestinations>,
     /// What it carries.
     #[serde(default)]
     pub protocol: Protocol,
     /// The upstream's addresses, `HOST:PORT`, one or several, resolved by DNS. Connections that carry bytes try them in
-    /// order; requests are spread over all of them.
+    /// order; requests are spread over all of them. Where captured connections were for, when absent.
+    #[serde(default)]
     pub to: OneOrMany<String>,
     /// The SPIFFE IDs that the upstream may have, exactly.
+    #[serde(default)]
     pub expect: OneOrMany<SpiffeId>,
+    /// In place of `expect`, for captured connections: what passes without mTLS of ours.
+    #[serde(default)]
+    pub passthrough: Passthrough,
     /// Offer TLS 1.2 with ECDHE-ECDSA-AES256-GCM-SHA384 on P-384 as well.
     #[serde(default)]
     pub legacy_tls12: bool,
@@ -394,7 +447,7 @@ impl RuleTarget {
     /// Whether it means this listener.
     pub fn matches(&self, listener: &Inbound) -> bool {
         match self {
-            Self::Port(port) => listener.listen.port() == *port,
+            Self::Port(port) => listener.ports().contains(port),
             Self::Listener(name) => listener.name == *name,
         }
     }

@@ -23,6 +23,12 @@ pub enum OneOrMany<T> {
     Many(Vec<T>),
 }
 
+impl<T> Default for OneOrMany<T> {
+    fn default() -> Self {
+        Self::Many(Vec::new())
+    }
+}
+
 impl<T> OneOrMany<T> {
     /// The values as a slice.
     pub fn as_slice(&self) -> &[T] {

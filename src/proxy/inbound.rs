@@ -129,7 +129,7 @@ async fn open(
         if changed(connection) {
             return None;
         }
-        connection.upstream = Some(state.to.to_string());
+        connection.upstream = state.target(client).map(|target| target.to_string());
         let way = Way::inbound(Arc::clone(listener), peer, negotiated, local);
         return Some(Opened::Requests(proven, spoken, way, limits, state));
     }
@@ -283,11 +283,12 @@ async fn workload(
     negotiated: &Negotiated,
     state: &InboundState,
 ) -> Option<Plain> {
-    connection.upstream = Some(state.to.to_string());
-    let mut plain = match state.to.connect(WORKLOAD_TIMEOUT).await {
+    let target = state.target(client)?;
+    connection.upstream = Some(target.to_string());
+    let mut plain = match target.connect(WORKLOAD_TIMEOUT).await {
         Ok(plain) => plain,
         Err(error) => {
-            connection.end(Cause::Unreachable, format!("{}: {error}", state.to));
+            connection.end(Cause::Unreachable, format!("{target}: {error}"));
             return None;
         }
     };
@@ -297,7 +298,7 @@ async fn workload(
             .await
             .unwrap_or(Err(std::io::ErrorKind::TimedOut.into()))
         {
-            connection.end(Cause::Unreachable, format!("{}: {error}", state.to));
+            connection.end(Cause::Unreachable, format!("{target}: {error}"));
             return None;
         }
     }

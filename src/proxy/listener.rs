@@ -38,6 +38,8 @@ pub struct Shared {
     pub places: Arc<Semaphore>,
     /// Which requests get a span.
     pub tracing: Sampler,
+    /// Whether every listener has what it needs to serve. Changes with every swap of states, after them.
+    pub published: watch::Sender<bool>,
 }
 
 impl fmt::Debug for Shared {
@@ -69,16 +71,41 @@ pub struct Outbound {
 pub enum Client {
     /// Over TCP.
     Tcp(SocketAddr),
+    /// Over TCP, captured on its way to somewhere else.
+    Captured {
+        /// Who connected.
+        from: SocketAddr,
+        /// Where to.
+        to: SocketAddr,
+    },
     /// Over a Unix socket.
     Unix,
     /// Nobody: a connection that we keep to send requests on.
     Pool,
 }
 
+impl Client {
+    /// Its address, if it has one.
+    pub fn address(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(from) | Self::Captured { from, .. } => Some(*from),
+            Self::Unix | Self::Pool => None,
+        }
+    }
+
+    /// Where it connected to before it was captured, if it was.
+    pub fn original(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Captured { to, .. } => Some(*to),
+            Self::Tcp(_) | Self::Unix | Self::Pool => None,
+        }
+    }
+}
+
 impl fmt::Display for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Tcp(address) => address.fmt(f),
+            Self::Tcp(from) | Self::Captured { from, .. } => from.fmt(f),
             Self::Unix => f.write_str("unix"),
             Self::Pool => f.write_str("pool"),
         }
@@ -168,16 +195,7 @@ impl Listener {
     pub fn bind(address: &Address) -> io::Result<Self> {
         let explain = |error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"));
         match address {
-            Address::Tcp(at) => {
-                let domain = socket2::Domain::for_address(*at);
-                let socket = socket2::Socket::new(domain, socket2::Type::STREAM, Some(socket2::Protocol::TCP))
-                    .map_err(explain)?;
-                socket.set_reuse_address(true).map_err(explain)?;
-                socket.set_nonblocking(true).map_err(explain)?;
-                socket.bind(&(*at).into()).map_err(explain)?;
-                socket.listen(4096).map_err(explain)?;
-                TcpListener::from_std(socket.into()).map(Self::Tcp).map_err(explain)
-            }
+            Address::Tcp(at) => listen(*at, |_| Ok(())).map(Self::Tcp).map_err(explain),
             Address::Unix(path) => {
                 let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
                 if is_socket && std::os::unix::net::UnixStream::connect(path).is_err() {
@@ -187,6 +205,28 @@ impl Listener {
                 Ok(Self::Unix(listener, SocketFile { path: path.clone(), ours: true }))
             }
         }
+    }
+
+    /// Binds for captured connections, within a runtime: of one family, and where `transparent`, for addresses that are not
+    /// this machine's as well (IP_TRANSPARENT, ip(7)).
+    ///
+    /// # Errors
+    /// The address, the system's error and what to do.
+    pub fn bind_captured(at: SocketAddr, transparent: bool) -> io::Result<Self> {
+        let bound = listen(at, |socket| {
+            if at.is_ipv6() {
+                socket.set_only_v6(true)?;
+            }
+            match (transparent, at) {
+                (false, _) => Ok(()),
+                (true, SocketAddr::V4(_)) => socket.set_ip_transparent_v4(true),
+                (true, SocketAddr::V6(_)) => socket.set_ip_transparent_v6(true),
+            }
+        });
+        let remedy = if transparent { "; `mode: tproxy` needs CAP_NET_ADMIN or CAP_NET_RAW" } else { "" };
+        bound.map(Self::Tcp).map_err(|error| {
+            io::Error::new(error.kind(), format!("cannot listen on {at} for captured connections: {error}{remedy}"))
+        })
     }
 
     /// Where it listens; the real port where 0 was asked for.
@@ -213,6 +253,17 @@ impl Listener {
             }
         }
     }
+}
+
+fn listen(at: SocketAddr, prepare: impl FnOnce(&socket2::Socket) -> io::Result<()>) -> io::Result<TcpListener> {
+    let domain = socket2::Domain::for_address(at);
+    let socket = socket2::Socket::new(domain, socket2::Type::STREAM, Some(socket2::Protocol::TCP))?;
+    prepare(&socket)?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&at.into())?;
+    socket.listen(4096)?;
+    TcpListener::from_std(socket.into())
 }
 
 /// Longest wait after a failed accept.

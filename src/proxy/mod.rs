@@ -4,6 +4,7 @@
 //! admitted, and one [`record::ConnectionRecord`] for each connection, written when it is dropped so that no path can
 //! forget to. [`registry`] holds what is open, to be judged again whenever policy or trust change.
 
+pub mod capture;
 mod connection;
 pub mod detect;
 pub mod http;

@@ -12,7 +12,7 @@ use super::listener::{Accepted, Outbound, Shared};
 use super::record::Cause;
 use super::state::OutboundState;
 use super::tcp::{Deadlines, Forward};
-use super::upstream;
+use super::upstream::{self, HostPort};
 use crate::config::schema::Protocol;
 use crate::policy::Admitted;
 use crate::tls::reason::Reason;
@@ -83,7 +83,8 @@ async fn open(
         return None;
     };
     connection.set_local(tls.identity().svid.id());
-    for host in &state.to {
+    let original = connection.entry().client.original().filter(|_| state.to.is_empty()).map(HostPort::literal);
+    for host in state.to.iter().chain(&original) {
         let addresses = match host.resolve(state.connect_timeout).await {
             Ok(addresses) => addresses,
             Err(error) => {

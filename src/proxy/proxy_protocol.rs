@@ -23,15 +23,16 @@ const CLIENT_FLAGS: u8 = 0x01 | 0x02 | 0x04;
 /// The header for one connection.
 pub fn header(client: &Client, server: Option<SocketAddr>, peer: &SpiffeId, negotiated: &Negotiated) -> Vec<u8> {
     let mut body = Vec::with_capacity(256);
-    let family = match (client, server) {
-        (Client::Tcp(SocketAddr::V4(from)), Some(SocketAddr::V4(to))) => {
+    let server = client.original().or(server);
+    let family = match (client.address(), server) {
+        (Some(SocketAddr::V4(from)), Some(SocketAddr::V4(to))) => {
             body.extend(from.ip().octets());
             body.extend(to.ip().octets());
             body.extend(from.port().to_be_bytes());
             body.extend(to.port().to_be_bytes());
             0x11
         }
-        (Client::Tcp(SocketAddr::V6(from)), Some(SocketAddr::V6(to))) => {
+        (Some(SocketAddr::V6(from)), Some(SocketAddr::V6(to))) => {
             body.extend(from.ip().octets());
             body.extend(to.ip().octets());
             body.extend(from.port().to_be_bytes());

@@ -35,6 +35,10 @@ causes! {
     Handshake = "handshake_failed";
     /// No rule admitted the peer.
     Denied = "denied";
+    /// It came to a capture port without having been captured, so it was for nobody.
+    NotCaptured = "not_captured";
+    /// It was captured, and no listener takes what it was for.
+    Undeclared = "undeclared";
     /// The process-wide or per-peer cap on connections was reached.
     Limit = "limit";
     /// The workload or the upstream could not be reached.

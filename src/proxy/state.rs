@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
-use super::http::Pool;
+use super::http::Pools;
+use super::listener::Client;
 use super::record::{Cause, RequestCause};
 use super::registry::Entry;
 use super::upstream::{HostPort, Target};
@@ -20,8 +21,8 @@ use crate::tls::{ClientTls, Peer, Profile, ServerTls, Trust};
 /// What an inbound listener's connections are served with.
 #[derive(Debug)]
 pub struct InboundState {
-    /// The workload.
-    pub to: Target,
+    /// The workload; none where captured connections go on to where they were for.
+    pub to: Option<Target>,
     /// Who may connect.
     pub policy: Arc<ListenerPolicy>,
     /// Limits and timeouts.
@@ -39,7 +40,7 @@ pub struct InboundState {
     /// Limits of HTTP.
     pub http_limits: Arc<HttpLimits>,
     /// Where requests go, if it carries any.
-    pub pool: Option<Arc<Pool>>,
+    pub pools: Pools,
     /// The profile.
     pub profile: Arc<Profile>,
     /// Places for handshakes.
@@ -53,7 +54,7 @@ pub struct InboundState {
 /// What an outbound listener's connections are served with.
 #[derive(Debug)]
 pub struct OutboundState {
-    /// The upstream's addresses as declared.
+    /// The upstream's addresses as declared; none where captured connections go on to where they were for.
     pub to: Vec<HostPort>,
     /// Whom we expect there.
     pub expected: Arc<Expected>,
@@ -68,7 +69,7 @@ pub struct OutboundState {
     /// Limits of HTTP.
     pub http_limits: Arc<HttpLimits>,
     /// Where requests go, if it carries any.
-    pub pool: Option<Arc<Pool>>,
+    pub pools: Pools,
     /// How long one address may take to accept.
     pub connect_timeout: Duration,
     /// The profile.
@@ -82,6 +83,11 @@ pub struct OutboundState {
 }
 
 impl InboundState {
+    /// Where this client's bytes go.
+    pub fn target(&self, client: Client) -> Option<Target> {
+        self.to.clone().or_else(|| client.original().map(Target::Original))
+    }
+
     /// Whether a live connection of this peer would still be admitted; the cause if not.
     pub fn rejudge(&self, entry: &Entry, peer: &Peer, clock: &Clock) -> Option<Cause> {
         let (Some(trust), Some(_)) = (&self.trust, &self.tls) else { return Some(Cause::OwnExpired) };
@@ -108,9 +114,7 @@ impl InboundState {
 
     /// It was replaced: nothing new begins by it.
     pub fn retire(&self) {
-        if let Some(pool) = &self.pool {
-            pool.retire();
-        }
+        self.pools.retire();
     }
 }
 
@@ -126,9 +130,7 @@ impl OutboundState {
 impl OutboundState {
     /// It was replaced: nothing new begins by it.
     pub fn retire(&self) {
-        if let Some(pool) = &self.pool {
-            pool.retire();
-        }
+        self.pools.retire();
     }
 }
 

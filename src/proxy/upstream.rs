@@ -7,10 +7,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustls::pki_types::{DnsName, ServerName};
-use tokio::net::{TcpStream, UnixStream};
+use socket2::SockRef;
+use tokio::net::{TcpSocket, TcpStream, UnixStream};
 
 use super::io::{Plain, tune};
 use crate::config::address;
+use crate::intercept::WORKLOAD_TOS;
 
 /// How long a resolved name is used before it is resolved again.
 const RESOLVED_FOR: Duration = Duration::from_secs(10);
@@ -18,10 +20,12 @@ const RESOLVED_FOR: Duration = Duration::from_secs(10);
 const MAX_ADDRESSES: usize = 16;
 
 /// Where to connect: as declared.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Target {
     /// `HOST:PORT`.
-    Tcp(HostPort),
+    Tcp(Arc<HostPort>),
+    /// The workload's own address, where a captured connection was for.
+    Original(SocketAddr),
     /// `unix:///path`.
     Unix(PathBuf),
 }
@@ -43,7 +47,7 @@ impl Target {
     pub fn parse(text: &str) -> Result<Self, String> {
         match address::Target::parse(text)? {
             address::Target::Unix(path) => Ok(Self::Unix(path)),
-            tcp @ address::Target::Tcp { .. } => HostPort::new(&tcp).map(Self::Tcp),
+            tcp @ address::Target::Tcp { .. } => HostPort::new(&tcp).map(Arc::new).map(Self::Tcp),
         }
     }
 
@@ -57,6 +61,7 @@ impl Target {
                 let connected = tokio::time::timeout(timeout, UnixStream::connect(path)).await;
                 connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?.map(Plain::Unix)
             }
+            Self::Original(address) => connect_workload(*address, timeout).await.map(Plain::Tcp),
             Self::Tcp(host) => {
                 let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
                 for address in host.resolve(timeout).await? {
@@ -75,6 +80,7 @@ impl std::fmt::Display for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Tcp(host) => f.write_str(&host.text),
+            Self::Original(address) => address.fmt(f),
             Self::Unix(path) => write!(f, "unix://{}", path.display()),
         }
     }
@@ -102,6 +108,16 @@ impl HostPort {
                 .map_err(|_| format!("'{host}' is not a DNS name"))?,
         };
         Ok(Self { text: target.to_string().into(), literal, name, resolved: Mutex::default() })
+    }
+
+    /// An address as it is.
+    pub fn literal(address: SocketAddr) -> Self {
+        Self {
+            text: address.to_string().into(),
+            literal: Some(address),
+            name: ServerName::IpAddress(address.ip().into()),
+            resolved: Mutex::default(),
+        }
     }
 
     /// The name for SNI and for the store of tickets.
@@ -147,12 +163,33 @@ impl HostPort {
     }
 }
 
+/// Connects to the workload at the address that a captured connection was for. The socket carries a type of service by
+/// which the rules let it through; without it the connection would be captured again.
+async fn connect_workload(address: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    }?;
+    match address {
+        SocketAddr::V4(_) => SockRef::from(&socket).set_tos_v4(WORKLOAD_TOS.into()),
+        SocketAddr::V6(_) => SockRef::from(&socket).set_tclass_v6(WORKLOAD_TOS.into()),
+    }?;
+    connected(socket.connect(address), timeout).await
+}
+
 /// Connects to one address within `timeout` and tunes the socket.
 ///
 /// # Errors
 /// The system's error, or `TimedOut`.
 pub async fn connect(address: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
-    let connected = tokio::time::timeout(timeout, TcpStream::connect(address)).await;
+    connected(TcpStream::connect(address), timeout).await
+}
+
+async fn connected(
+    connecting: impl Future<Output = io::Result<TcpStream>>,
+    timeout: Duration,
+) -> io::Result<TcpStream> {
+    let connected = tokio::time::timeout(timeout, connecting).await;
     let stream = connected.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no answer in time"))??;
     tune(&stream);
     Ok(stream)

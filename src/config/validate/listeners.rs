@@ -1,12 +1,12 @@
 //! Listeners: names, addresses, targets.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::{Checker, name_problem};
 use crate::config::address::Target;
 use crate::config::positions::{Step, at};
-use crate::config::schema::Config;
+use crate::config::schema::{Config, Passthrough};
 
 pub(super) fn check(c: &mut Checker<'_>, config: &Config) {
     if config.inbound.is_empty() && config.outbound.is_empty() {
@@ -15,12 +15,18 @@ pub(super) fn check(c: &mut Checker<'_>, config: &Config) {
     names(c, config);
     let mut taken = Taken::default();
     for (index, listener) in config.inbound.iter().enumerate() {
-        taken.tcp(c, at!["inbound", index, "listen"], listener.listen, &listener.name);
+        if let Some(listen) = listener.listen {
+            taken.tcp(c, at!["inbound", index, "listen"], listen, &listener.name);
+        }
         inbound_target(c, index, listener);
     }
     for (index, listener) in config.outbound.iter().enumerate() {
         outbound_listen(c, &mut taken, index, listener);
         outbound_upstream(c, index, listener);
+    }
+    for (section, port) in captures(config) {
+        taken.tcp(c, at!["intercept", section, "port"], (Ipv4Addr::UNSPECIFIED, port).into(), "intercept");
+        taken.tcp(c, at!["intercept", section, "port"], (Ipv6Addr::UNSPECIFIED, port).into(), "intercept");
     }
     taken.tcp(c, at!["admin", "listen"], config.admin.listen, "admin");
     if !config.admin.listen.ip().to_canonical().is_loopback() {
@@ -30,6 +36,14 @@ pub(super) fn check(c: &mut Checker<'_>, config: &Config) {
         );
         c.warn(at!["admin", "listen"], what);
     }
+}
+
+/// The ports that captured connections come in at.
+fn captures(config: &Config) -> impl Iterator<Item = (&'static str, u16)> {
+    let intercept = config.intercept.as_ref();
+    let inbound = intercept.and_then(|intercept| intercept.inbound.as_ref()).map(|inbound| ("inbound", inbound.port));
+    let outbound = intercept.and_then(|intercept| intercept.outbound.as_ref());
+    inbound.into_iter().chain(outbound.map(|outbound| ("outbound", outbound.port)))
 }
 
 fn names(c: &mut Checker<'_>, config: &Config) {
@@ -85,9 +99,15 @@ impl Taken {
 
 fn inbound_target(c: &mut Checker<'_>, index: usize, listener: &crate::config::schema::Inbound) {
     let at = at!["inbound", index, "to"];
-    let target = match dialled(&listener.to) {
+    let Some(to) = &listener.to else {
+        if listener.capture.is_none() {
+            c.error(at!["inbound", index], "no workload; add `to: HOST:PORT` or `to: unix:///path`");
+        }
+        return;
+    };
+    let target = match dialled(to) {
         Ok(target) => target,
-        Err(why) => return c.error(at, format!("'{}' is not a target: {why}", listener.to.escape_debug())),
+        Err(why) => return c.error(at, format!("'{}' is not a target: {why}", to.escape_debug())),
     };
     if !target.is_local() && !listener.allow_remote_target {
         c.error(
@@ -98,8 +118,7 @@ fn inbound_target(c: &mut Checker<'_>, index: usize, listener: &crate::config::s
             ),
         );
     }
-    let own = listener.listen;
-    if let Some(address) = target.socket_addr()
+    if let (Some(address), Some(own)) = (target.socket_addr(), listener.listen)
         && address.port() == own.port()
         && (address.ip() == own.ip() || (own.ip().is_unspecified() && address.ip().is_loopback()))
     {
@@ -109,7 +128,8 @@ fn inbound_target(c: &mut Checker<'_>, index: usize, listener: &crate::config::s
 
 fn outbound_listen(c: &mut Checker<'_>, taken: &mut Taken, index: usize, listener: &crate::config::schema::Outbound) {
     let at = at!["outbound", index, "listen"];
-    match Target::parse(&listener.listen) {
+    let Some(listen) = &listener.listen else { return };
+    match Target::parse(listen) {
         Ok(Target::Unix(path)) => taken.unix(c, at, path, &listener.name),
         Ok(target) => match target.socket_addr() {
             Some(address) => {
@@ -127,7 +147,7 @@ fn outbound_listen(c: &mut Checker<'_>, taken: &mut Taken, index: usize, listene
             None => c.error(at, format!("{target} is a name; to listen, write IP:PORT or unix:///path")),
         },
         Err(why) => {
-            let what = format!("'{}' is not an address to listen on: {why}", listener.listen.escape_debug());
+            let what = format!("'{}' is not an address to listen on: {why}", listen.escape_debug());
             c.error(at, what);
         }
     }
@@ -135,7 +155,7 @@ fn outbound_listen(c: &mut Checker<'_>, taken: &mut Taken, index: usize, listene
 
 fn outbound_upstream(c: &mut Checker<'_>, index: usize, listener: &crate::config::schema::Outbound) {
     let to = listener.to.as_slice();
-    if to.is_empty() {
+    if to.is_empty() && listener.capture.is_none() {
         c.error(at!["outbound", index, "to"], "no upstream address; write HOST:PORT");
     }
     for (i, text) in to.iter().enumerate() {
@@ -147,7 +167,7 @@ fn outbound_upstream(c: &mut Checker<'_>, index: usize, listener: &crate::config
         }
     }
     let expect = listener.expect.as_slice();
-    if expect.is_empty() {
+    if expect.is_empty() && listener.passthrough == Passthrough::Off {
         let what = "nobody is expected, so nobody could be talked to; name the SPIFFE ID of the upstream";
         c.error(at!["outbound", index, "expect"], what);
     }

@@ -5,6 +5,7 @@
 
 mod http;
 mod identity;
+mod intercept;
 mod limits;
 mod listeners;
 mod profile;
@@ -55,6 +56,7 @@ pub(super) fn validate(config: &mut Config, places: &Positions, options: &LoadOp
     identity::check(&mut checker, config, options);
     profile::check(&mut checker, config);
     listeners::check(&mut checker, config);
+    intercept::check(&mut checker, config);
     rules::check(&mut checker, config);
     http::check(&mut checker, config);
     limits::check(&mut checker, config);

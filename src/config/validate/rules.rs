@@ -49,7 +49,7 @@ fn targets(c: &mut Checker<'_>, index: usize, rule: &Rule, inbound: &[Inbound]) 
             ),
             RuleTarget::Port(port) => format!(
                 "no inbound listener has port {port}; there are: {}",
-                inbound.iter().map(|l| l.listen.port().to_string()).collect::<Vec<_>>().join(", ")
+                inbound.iter().flat_map(Inbound::ports).map(|port| port.to_string()).collect::<Vec<_>>().join(", ")
             ),
         };
         c.error(at!["policy", "rules", index, "to", i], what);

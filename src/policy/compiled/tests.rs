@@ -15,8 +15,10 @@ fn patterns(texts: &[&str]) -> Vec<IdPattern> {
 fn listener(name: &str, port: u16, allow: &[&str]) -> Inbound {
     Inbound {
         name: name.into(),
-        listen: ([127, 0, 0, 1], port).into(),
-        to: "127.0.0.1:80".into(),
+        listen: Some(([127, 0, 0, 1], port).into()),
+        capture: None,
+        to: Some("127.0.0.1:80".into()),
+        plaintext: Default::default(),
         protocol: Default::default(),
         allow: patterns(allow),
         legacy_tls12: false,

@@ -157,9 +157,10 @@ impl Downstream {
 
     /// Where requests go now.
     pub(super) fn pool(&self) -> Option<Arc<super::pool::Pool>> {
+        let original = self.entry.client.original();
         match &self.way {
-            Way::Inbound(incoming) => incoming.listener.state.load().pool.clone(),
-            Way::Outbound(listener) => listener.state.load().pool.clone(),
+            Way::Inbound(incoming) => incoming.listener.state.load().pools.of(original),
+            Way::Outbound(listener) => listener.state.load().pools.of(original),
         }
     }
 

@@ -139,12 +139,9 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// For requests to the workload, `HOST:PORT` or `unix:///path`.
-    ///
-    /// # Errors
-    /// What is wrong with the address, in words.
-    pub fn workload(shared: &Arc<Shared>, listener: &str, to: &str) -> Result<Arc<Self>, String> {
-        let target = Target::parse(to)?;
+    /// For requests to the workload.
+    pub fn workload(shared: &Arc<Shared>, listener: &str, target: Target) -> Arc<Self> {
+        let name = target.to_string();
         let options = OutboundHttp {
             max_http1_connections: 4096,
             retries: crate::config::schema::Retries { attempts: 1, ..Default::default() },
@@ -153,9 +150,9 @@ impl Pool {
             ..Default::default()
         };
         let pool =
-            Self::new(shared, listener, Route::Workload { target, connect_timeout: WORKLOAD_TIMEOUT }, options, to);
+            Self::new(shared, listener, Route::Workload { target, connect_timeout: WORKLOAD_TIMEOUT }, options, &name);
         pool.endpoints.store(Arc::new(vec![Arc::new(Endpoint::new(At::Workload, pool.options.max_http1_connections))]));
-        Ok(pool)
+        pool
     }
 
     /// For requests to a mesh upstream.

@@ -127,7 +127,7 @@ fn inbound(
         }
     };
     decided(exchange, admitted.decision());
-    let pool = now.pool.clone().ok_or_else(no_pool)?;
+    let pool = now.pools.of(down.entry.client.original()).ok_or_else(no_pool)?;
     exchange.upstream = Some(Arc::clone(&pool.name));
     Ok(Prepared { cleared: Cleared::by_rule(admitted), pool, patience })
 }
@@ -143,7 +143,7 @@ fn outbound(
     becomes: Becomes,
 ) -> Result<Prepared, Refused> {
     let state = listener.state.load_full();
-    let pool = state.pool.clone().ok_or_else(no_pool)?;
+    let pool = state.pools.of(down.entry.client.original()).ok_or_else(no_pool)?;
     let options = &pool.options;
     headers::remove_claims(&mut parts.headers, options.forwarded, false);
     exchange.register(None);
@@ -224,10 +224,6 @@ fn modules(exchange: &Exchange, report: &ModuleReport) {
 fn forwarded(headers: &mut HeaderMap, policy: Forwarded, client: Client, direction: Direction) {
     if policy == Forwarded::Append {
         let scheme = if direction == Direction::Inbound { "https" } else { "http" };
-        let client = match client {
-            Client::Tcp(address) => Some(address.ip()),
-            Client::Unix | Client::Pool => None,
-        };
-        headers::append_forwarded(headers, client, scheme);
+        headers::append_forwarded(headers, client.address().map(|address| address.ip()), scheme);
     }
 }

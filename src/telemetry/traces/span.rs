@@ -10,7 +10,6 @@ use opentelemetry::{InstrumentationScope, KeyValue, Value};
 use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanLinks};
 
 use crate::config::schema::PolicyMode;
-use crate::proxy::listener::Client;
 use crate::proxy::record::{RequestCause, RequestRecord};
 use crate::tls::record::Direction;
 
@@ -76,12 +75,9 @@ fn attributes(record: &RequestRecord, method: Option<&'static str>, error: Optio
     }
     put("network.protocol.name", "http".into());
     put("network.protocol.version", record.version.as_str().into());
-    match record.client {
-        Client::Tcp(client) if inbound => {
-            put("client.address", client.ip().to_string().into());
-            put("client.port", i64::from(client.port()).into());
-        }
-        _ => {}
+    if let Some(client) = record.client.address().filter(|_| inbound) {
+        put("client.address", client.ip().to_string().into());
+        put("client.port", i64::from(client.port()).into());
     }
     put("http.request.body.size", whole(record.bytes_sent));
     put("http.response.body.size", whole(record.bytes_received));

@@ -1,0 +1,124 @@
+//! The sockets that captured connections come in at, for as long as the proxy runs, and which listener takes what.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+use super::{ApplyError, House};
+use crate::config::Config;
+use crate::config::schema::InboundMode;
+use crate::proxy::capture::{InboundCapture, OutboundCapture, OwnPorts};
+use crate::proxy::inherited::Inherited;
+use crate::proxy::listener::{Address, Listener, Shared};
+
+/// What captures, in one direction or both.
+#[derive(Debug, Default)]
+pub(super) struct Captures {
+    inbound: Option<Arc<InboundCapture>>,
+    outbound: Option<Arc<OutboundCapture>>,
+    sockets: Vec<(Listener, Way)>,
+    stop: watch::Sender<bool>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Inbound,
+    Outbound,
+}
+
+impl Captures {
+    /// Binds what the config declares, within a runtime. Nothing is accepted yet.
+    pub(super) fn bind(config: &Config, inherited: &mut Inherited) -> Result<Self, ApplyError> {
+        let Some(intercept) = &config.intercept else { return Ok(Self::default()) };
+        let ports = [
+            intercept.inbound.as_ref().map(|inbound| inbound.port),
+            intercept.outbound.as_ref().map(|outbound| outbound.port),
+        ];
+        let own = OwnPorts(ports.into_iter().flatten().collect());
+        let mut captures = Self::default();
+        if let Some(inbound) = &intercept.inbound {
+            captures.inbound = Some(Arc::new(InboundCapture::new(inbound.mode, own.clone())));
+            let transparent = inbound.mode == InboundMode::Tproxy;
+            let everywhere = [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()];
+            captures.listen(everywhere, inbound.port, transparent, Way::Inbound, inherited)?;
+        }
+        if let Some(outbound) = &intercept.outbound {
+            captures.outbound = Some(Arc::new(OutboundCapture::new(own)));
+            let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+            captures.listen(loopback, outbound.port, false, Way::Outbound, inherited)?;
+        }
+        Ok(captures)
+    }
+
+    fn listen(
+        &mut self,
+        addresses: [IpAddr; 2],
+        port: u16,
+        transparent: bool,
+        way: Way,
+        inherited: &mut Inherited,
+    ) -> Result<(), ApplyError> {
+        for address in addresses {
+            let at = SocketAddr::new(address, port);
+            let explain = |error: io::Error| ApplyError(format!("intercept: {error}"));
+            let listener = match inherited.claim(&Address::Tcp(at)).map_err(explain)? {
+                Some(listener) => listener,
+                None => match Listener::bind_captured(at, transparent) {
+                    Ok(listener) => listener,
+                    // A machine without IPv6 has no traffic of it.
+                    Err(error) if at.is_ipv6() && is_absent(&error) => continue,
+                    Err(error) => return Err(explain(error)),
+                },
+            };
+            self.sockets.push((listener, way));
+        }
+        Ok(())
+    }
+
+    /// Begins to accept.
+    pub(super) fn start(&mut self, shared: &Arc<Shared>, traffic: &Handle) {
+        for (listener, way) in self.sockets.drain(..) {
+            let (shared, stop) = (Arc::clone(shared), self.stop.subscribe());
+            match (way, &self.inbound, &self.outbound) {
+                (Way::Inbound, Some(capture), _) => {
+                    traffic.spawn(Arc::clone(capture).run(listener, shared, stop));
+                }
+                (Way::Outbound, _, Some(capture)) => {
+                    traffic.spawn(Arc::clone(capture).run(listener, shared, stop));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// What tells the captures to stop.
+    pub(super) fn stop(&self) -> watch::Sender<bool> {
+        self.stop.clone()
+    }
+}
+
+impl House {
+    /// Tells the captures which listeners take what.
+    pub(super) fn declare_captures(&self) {
+        if let Some(capture) = &self.captures.inbound {
+            capture.declare(self.config.inbound.iter().filter_map(|declared| {
+                let running = self.inbound.get(&declared.name)?;
+                Some((declared.capture.as_ref()?, Arc::clone(&running.listener)))
+            }));
+        }
+        if let Some(capture) = &self.captures.outbound {
+            let listeners = self.config.outbound.iter().filter_map(|declared| {
+                let running = self.outbound.get(&declared.name)?;
+                Some((declared.capture.clone()?, Arc::clone(&running.listener)))
+            });
+            capture.declare(listeners.collect());
+        }
+    }
+}
+
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported)
+}

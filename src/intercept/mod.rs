@@ -1,0 +1,10 @@
+//! How captured traffic gets in: the rules that capture it, and where a captured connection was for.
+//!
+//! In: what the config declares to be captured. Out: rules in the kernel, and the original destination of a connection.
+
+pub mod declared;
+mod original;
+pub mod plan;
+
+pub use original::original_destination;
+pub use plan::{Plan, WORKLOAD_TOS};

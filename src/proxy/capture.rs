@@ -1,0 +1,184 @@
+//! Captured connections: where each was for, and which listener takes it.
+//!
+//! All of them come in at one port for each direction. In: sockets whose destination the rules have changed, and which
+//! listener takes what ([`InboundCapture::declare`], [`OutboundCapture::declare`]). Out: connections that are served by
+//! their listener as if it had accepted them. What comes to the port itself, and what no listener takes, is reset.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+
+use super::connection::Connection;
+use super::io::Plain;
+use super::listener::{Accepted, Client, Inbound, Listener, Outbound, Shared, accept_loop};
+use super::record::{Carries, Cause};
+use crate::config::schema::{CapturedDestinations, CapturedPorts, InboundMode, Protocol};
+use crate::intercept::original_destination;
+use crate::tls::record::Direction;
+
+/// The name of a capture in records of connections that no listener takes.
+const NAME: &str = "captured";
+
+/// What is captured on its way to the workload.
+#[derive(Debug)]
+pub struct InboundCapture {
+    mode: InboundMode,
+    own: OwnPorts,
+    takes: ArcSwap<Ports>,
+}
+
+/// The listeners by the ports they take.
+#[derive(Debug, Default)]
+struct Ports {
+    named: HashMap<u16, Arc<Inbound>>,
+    any: Option<Arc<Inbound>>,
+}
+
+/// What is captured on its way from the workload.
+#[derive(Debug)]
+pub struct OutboundCapture {
+    own: OwnPorts,
+    takes: ArcSwap<Vec<(CapturedDestinations, Arc<Outbound>)>>,
+}
+
+/// The ports that captured connections come in at: nothing was ever for them.
+#[derive(Clone, Debug)]
+pub struct OwnPorts(pub Vec<u16>);
+
+impl OwnPorts {
+    /// Where the connection was for before it was captured.
+    fn original(&self, accepted: &Accepted, mode: InboundMode) -> Result<SocketAddr, String> {
+        let Plain::Tcp(stream) = &accepted.io else { return Err("it is not TCP".into()) };
+        let original = original_destination(stream, mode).map_err(|error| format!("it was not captured: {error}"))?;
+        if self.0.contains(&original.port()) {
+            return Err(format!("it was for {original}, a port of the proxy itself"));
+        }
+        Ok(original)
+    }
+}
+
+impl InboundCapture {
+    /// Nothing is taken yet.
+    pub fn new(mode: InboundMode, own: OwnPorts) -> Self {
+        Self { mode, own, takes: ArcSwap::default() }
+    }
+
+    /// Which listener takes which ports from now on.
+    pub fn declare<'a>(&self, listeners: impl Iterator<Item = (&'a CapturedPorts, Arc<Inbound>)>) {
+        let mut ports = Ports::default();
+        for (capture, listener) in listeners {
+            match capture {
+                CapturedPorts::Any => ports.any = Some(listener),
+                CapturedPorts::Ports(named) => {
+                    ports.named.extend(named.iter().map(|port| (*port, Arc::clone(&listener))));
+                }
+            }
+        }
+        self.takes.store(Arc::new(ports));
+    }
+
+    fn listener(&self, port: u16) -> Option<Arc<Inbound>> {
+        let ports = self.takes.load();
+        ports.named.get(&port).or(ports.any.as_ref()).cloned()
+    }
+
+    /// Serves until `stop`.
+    pub async fn run(self: Arc<Self>, listener: Listener, shared: Arc<Shared>, stop: watch::Receiver<bool>) {
+        let serving = Arc::clone(&shared);
+        accept_loop(
+            listener,
+            NAME.into(),
+            Direction::Inbound,
+            || Protocol::Tcp,
+            shared,
+            stop,
+            move |accepted| Arc::clone(&self).serve(accepted, Arc::clone(&serving)),
+        )
+        .await;
+    }
+
+    async fn serve(self: Arc<Self>, accepted: Accepted, shared: Arc<Shared>) {
+        match self.own.original(&accepted, self.mode) {
+            Err(why) => refuse(accepted, Direction::Inbound, Cause::NotCaptured, why, &shared),
+            Ok(original) => match self.listener(original.port()) {
+                Some(listener) => super::inbound::serve(accepted.captured(original), listener, shared).await,
+                None => {
+                    let why = format!("no listener captures port {}", original.port());
+                    refuse(accepted.captured(original), Direction::Inbound, Cause::Undeclared, why, &shared);
+                }
+            },
+        }
+    }
+}
+
+impl OutboundCapture {
+    /// Nothing is taken yet.
+    pub fn new(own: OwnPorts) -> Self {
+        Self { own, takes: ArcSwap::default() }
+    }
+
+    /// Which listener takes which destinations from now on, in the order of the file.
+    pub fn declare(&self, listeners: Vec<(CapturedDestinations, Arc<Outbound>)>) {
+        self.takes.store(Arc::new(listeners));
+    }
+
+    fn listener(&self, to: SocketAddr) -> Option<Arc<Outbound>> {
+        let listeners = self.takes.load();
+        let takes = |declared: &CapturedDestinations| {
+            let address = declared.addresses.is_empty() || declared.addresses.iter().any(|net| net.contains(to.ip()));
+            let port = declared.ports.is_empty() || declared.ports.contains(&to.port());
+            address && port
+        };
+        listeners.iter().find(|(declared, _)| takes(declared)).map(|(_, listener)| Arc::clone(listener))
+    }
+
+    /// Serves until `stop`.
+    pub async fn run(self: Arc<Self>, listener: Listener, shared: Arc<Shared>, stop: watch::Receiver<bool>) {
+        let serving = Arc::clone(&shared);
+        accept_loop(
+            listener,
+            NAME.into(),
+            Direction::Outbound,
+            || Protocol::Tcp,
+            shared,
+            stop,
+            move |accepted| Arc::clone(&self).serve(accepted, Arc::clone(&serving)),
+        )
+        .await;
+    }
+
+    async fn serve(self: Arc<Self>, accepted: Accepted, shared: Arc<Shared>) {
+        match self.own.original(&accepted, InboundMode::Redirect) {
+            Err(why) => refuse(accepted, Direction::Outbound, Cause::NotCaptured, why, &shared),
+            Ok(original) => match self.listener(original) {
+                Some(listener) => super::outbound::serve(accepted.captured(original), listener, shared).await,
+                None => {
+                    let why = format!("no outbound listener captures {original}");
+                    refuse(accepted.captured(original), Direction::Outbound, Cause::Undeclared, why, &shared);
+                }
+            },
+        }
+    }
+}
+
+impl Accepted {
+    /// The same, of which it is known where it was for.
+    fn captured(self, to: SocketAddr) -> Self {
+        let client = match self.client {
+            Client::Tcp(from) => Client::Captured { from, to },
+            other => other,
+        };
+        Self { client, ..self }
+    }
+}
+
+/// Resets a connection, and leaves a record of it.
+fn refuse(accepted: Accepted, direction: Direction, cause: Cause, why: String, shared: &Arc<Shared>) {
+    let mut connection = Connection::open(shared, direction, Carries::Tcp, &NAME.into(), accepted.client);
+    connection.upstream = accepted.client.original().map(|original| original.to_string());
+    connection.end(cause, why);
+    accepted.io.abort();
+}
