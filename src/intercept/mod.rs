@@ -3,6 +3,8 @@
 //! In: what the config declares to be captured. Out: rules in the kernel, and the original destination of a connection.
 
 pub mod declared;
+#[cfg(all(feature = "ebpf", target_os = "linux"))]
+pub mod ebpf;
 mod original;
 pub mod plan;
 
