@@ -26,6 +26,8 @@ mod authority;
 mod basics;
 mod cli;
 mod demo;
+#[cfg(feature = "ebpf")]
+mod ebpf;
 mod envoy;
 mod envoy_http;
 mod floods;

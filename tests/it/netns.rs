@@ -165,7 +165,7 @@ impl Namespace {
 }
 
 /// Gives this thread, and no other of the process, to a user who has no capabilities.
-fn become_user(uid: u32) {
+pub fn become_user(uid: u32) {
     if uid == ROOT {
         return;
     }
@@ -203,7 +203,7 @@ fn available() -> Result<(), String> {
 
 /// Says on the real standard error, not only into the output that the test runner keeps, that a test was skipped; and
 /// leaves a line where `tests/run` counts.
-fn skipped(why: &str, place: &std::panic::Location<'_>) {
+pub fn skipped(why: &str, place: &std::panic::Location<'_>) {
     let thread = std::thread::current();
     // With one thread the test runner does not name it after the test.
     let place = place.to_string();

@@ -123,6 +123,19 @@ pub(super) fn faults(plan: &Bytes, cgroup: &Cgroup, pins: &Pins) -> Result<Vec<F
     Ok(faults)
 }
 
+/// Detaches the programs that are pinned here, now and not when the kernel has come round to it. Those that redirect go
+/// first: nothing is redirected without a way to tell where it was for.
+pub(super) fn detach(directory: &Path) -> Result<(), String> {
+    for (pin, _) in LINKS.iter().rev() {
+        let path = directory.join(pin);
+        if attached_to(&path)?.is_some_and(|cgroup| cgroup != 0) {
+            let detached = Link::open(&path).and_then(|link| link.detach());
+            detached.map_err(|error| one_line(&path.display().to_string(), &error))?;
+        }
+    }
+    Ok(())
+}
+
 /// Whether a program has a pin here.
 pub(super) fn any(pins: &Pins) -> bool {
     LINKS.iter().any(|(pin, _)| pins.at(pin).exists())

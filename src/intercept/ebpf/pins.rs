@@ -77,7 +77,7 @@ impl Pins {
         Ok(())
     }
 
-    /// Removes everything. The programs that redirect go first, so that nothing is redirected without a way to tell where.
+    /// Detaches and removes everything.
     pub(super) fn clear(self) -> Result<(), String> {
         clear(&self.directory)
     }
@@ -100,9 +100,8 @@ fn remove(path: &Path) -> Result<(), String> {
 }
 
 fn clear(directory: &Path) -> Result<(), String> {
-    let mut files = files(directory)?;
-    files.sort_by_key(|path| !path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("connect")));
-    for file in files {
+    links::detach(directory)?;
+    for file in files(directory)? {
         remove(&file)?;
     }
     std::fs::remove_dir(directory).map_err(|error| format!("{}: {error}", directory.display()))
@@ -141,13 +140,17 @@ fn mount(path: &Path) -> Result<(), String> {
         .map_err(|error| format!("{name}: a BPF file system cannot be mounted: {error}"))
 }
 
-/// Whether this process lives as the machine's first process does.
+/// Whether this process lives where the machine's first process does. Mounts have numbers, which no two mount namespaces
+/// share (proc_pid_mountinfo(5)).
 fn in_first_namespaces() -> bool {
     /// PROC_PID_INIT_INO (linux/nsfs.h).
     const FIRST_PIDS: u64 = 0xefff_fffc;
-    let inode = |path: &str| std::fs::metadata(path).map(|namespace| namespace.ino()).ok();
-    let mounts = inode("/proc/self/ns/mnt");
-    inode("/proc/self/ns/pid") == Some(FIRST_PIDS) && mounts.is_some() && mounts == inode("/proc/1/ns/mnt")
+    let first_mount = |process: &str| {
+        let mounts = std::fs::read_to_string(format!("/proc/{process}/mountinfo")).ok()?;
+        mounts.split(' ').next().map(str::to_owned)
+    };
+    let pids = std::fs::metadata("/proc/self/ns/pid").is_ok_and(|namespace| namespace.ino() == FIRST_PIDS);
+    pids && first_mount("1").is_some_and(|first| Some(first) == first_mount("self"))
 }
 
 fn make_directory(path: &Path) -> Result<(), String> {
