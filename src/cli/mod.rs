@@ -12,6 +12,7 @@ pub mod completions;
 pub mod demo;
 pub mod explain;
 pub mod man;
+pub mod redirect;
 pub mod run;
 pub mod schema;
 
@@ -47,6 +48,9 @@ pub enum Command {
     Check(check::CheckArgs),
     /// Say what policy makes of a peer, and by which rule, without any traffic.
     Explain(explain::ExplainArgs),
+    /// Make, remove or show the rules that bring a workload's traffic to the proxy.
+    #[command(subcommand)]
+    Redirect(redirect::RedirectCommand),
     /// Run a small SPIFFE authority that serves the Workload API.
     Authority(authority::AuthorityArgs),
     /// Print shell completions.
@@ -143,6 +147,7 @@ pub fn execute(command: Command, streams: &mut Streams<'_>) -> Outcome {
         Command::Demo(args) => demo::demo(&args, streams),
         Command::Check(args) => check::check(&args, streams),
         Command::Explain(args) => explain::explain(&args, streams),
+        Command::Redirect(command) => redirect::redirect(&command, streams),
         Command::Authority(args) => authority::authority(&args, streams),
         Command::Completions(args) => completions::completions(&args, streams),
         Command::Man(args) => man::man(&args, streams),
