@@ -38,6 +38,7 @@ mod operations;
 mod peers;
 mod policy;
 mod postgres;
+mod redirect_rules;
 mod resilience;
 mod restart;
 mod rotation;
