@@ -41,6 +41,7 @@ mod peers;
 mod pods;
 mod policy;
 mod postgres;
+mod redirect_rules;
 mod resilience;
 mod restart;
 mod rotation;
