@@ -10,6 +10,7 @@ pub mod http;
 pub mod load;
 mod positions;
 pub mod profile_names;
+mod sandbox;
 pub mod schema;
 pub mod traffic;
 mod validate;

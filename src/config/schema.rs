@@ -11,6 +11,7 @@ use crate::policy::pattern::IdPattern;
 pub use super::http::{
     EscapedSlash, ForwardClientCert, Forwarded, GrpcMatch, HeaderMatch, HttpMatch, InboundHttp, Protocol, RegoModules,
 };
+pub use super::sandbox::SandboxMode;
 pub use super::traffic::{Detect, HttpLimits, OnDetectTimeout, OutboundHttp, Retries};
 pub use super::values::{OneOrMany, Span};
 
@@ -54,6 +55,9 @@ pub struct Config {
     /// Logs, metrics and traces.
     #[serde(default)]
     pub telemetry: Telemetry,
+    /// What the proxy takes from itself once it has started.
+    #[serde(default)]
+    pub sandbox: SandboxMode,
     /// How long open connections may go on after SIGTERM.
     #[serde(default = "drain_timeout")]
     pub drain_timeout: Span,

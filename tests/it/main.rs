@@ -41,6 +41,7 @@ mod postgres;
 mod resilience;
 mod restart;
 mod rotation;
+mod sandbox;
 mod sight;
 mod spiffe;
 mod traces;
