@@ -31,6 +31,8 @@ pub struct Sandbox {
     walls: Option<Walls>,
     /// Capabilities that were there and are gone.
     given_up: CapabilitySet,
+    /// From which port on none is needed; not to be read again from within.
+    unprivileged_from: u16,
 }
 
 /// The files that are left.
@@ -44,7 +46,13 @@ struct Walls {
 impl Sandbox {
     /// None: for a process that is no proxy alone, such as `demo`.
     pub fn off() -> Self {
-        Self { report: Report::off(), warnings: Vec::new(), walls: None, given_up: CapabilitySet::empty() }
+        Self {
+            report: Report::off(),
+            warnings: Vec::new(),
+            walls: None,
+            given_up: CapabilitySet::empty(),
+            unprivileged_from: 0,
+        }
     }
 
     /// The first step, with what `config` asks for; `file` is where it was read. To be called before the process has
@@ -86,7 +94,8 @@ impl Sandbox {
     }
 
     fn give_up_capabilities(&mut self, config: &Config) {
-        let needed = capabilities::needed(config, capabilities::unprivileged_from());
+        self.unprivileged_from = capabilities::unprivileged_from();
+        let needed = capabilities::needed(config, self.unprivileged_from);
         match capabilities::keep_only(needed) {
             Ok(kept) => {
                 self.report.capabilities = Part::with(kept.shown());
@@ -127,7 +136,7 @@ impl Sandbox {
         if let Some(walls) = &self.walls {
             walls.grants.cover(config)?;
         }
-        let needed = capabilities::needed(config, capabilities::unprivileged_from()) & self.given_up;
+        let needed = capabilities::needed(config, self.unprivileged_from) & self.given_up;
         if needed.is_empty() {
             return Ok(());
         }

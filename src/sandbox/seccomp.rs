@@ -123,8 +123,8 @@ fn sockets() -> Result<Vec<SeccompRule>, BackendError> {
     plain.chain(netlink).collect()
 }
 
-/// Names of threads and of memory.
-const PRCTL: [c_int; 3] = [libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_VMA];
+/// Names of threads and of memory, and a question that libcap asks when a module of the resolver loads it.
+const PRCTL: [c_int; 4] = [libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_VMA, libc::PR_CAPBSET_READ];
 /// Of sockets and pipes; whether something is a terminal; names of interfaces, for addresses with a zone.
 const IOCTL: [u64; 7] =
     [libc::FIONBIO, libc::FIONREAD, libc::FIOCLEX, libc::TIOCOUTQ, libc::TCGETS, libc::SIOCGIFINDEX, libc::SIOCGIFNAME];

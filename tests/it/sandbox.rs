@@ -237,6 +237,37 @@ async fn the_capability_for_low_ports_is_kept_where_one_is_declared_and_nowhere_
     assert!(line.contains("restart"), "{line}");
 }
 
+/// As in most containers. The proxy cannot ask again once it is confined, and a reload must know all the same.
+#[tokio::test]
+async fn where_low_ports_are_free_for_all_a_reload_adds_one_without_a_capability() {
+    let script = "ip link set lo up && echo 0 > /proc/sys/net/ipv4/ip_unprivileged_port_start && exec \"$@\"";
+    let within = |program: &str| {
+        let mut command = Command::new("unshare");
+        command.args(["--net", "sh", "-c", script, "sh", program]);
+        command
+    };
+    if !output(&mut within("true"), "").await.status.success() {
+        return skipped("network namespaces are not to be had here");
+    }
+    let domain = Domain::new("a.example");
+    let listener = |port: u16| {
+        format!(
+            "  - {{ name: p{port}, listen: '127.0.0.1:{port}', to: '127.0.0.1:1', allow: ['{}'] }}\n",
+            domain.id("/a")
+        )
+    };
+    let first =
+        format!("{}admin: {{ listen: '127.0.0.1:0' }}\ninbound:\n{}", domain.identity("/server"), listener(8443));
+    let config = domain.path().join("server.yaml");
+    std::fs::write(&config, &first).unwrap();
+    let mut running = Running::start(within(program()).arg("run").arg("--config").arg(&config));
+    let admin = running.line("the admin address", |line| field(line, "admin")?.parse().ok()).await;
+    let mut proxy = Proxy { running, admin, config };
+    assert_eq!(capabilities(&status(format!("/proc/{}/status", pid(&proxy))), "CapEff"), 0);
+    proxy.reload(&format!("{first}{}", listener(443)));
+    proxy.logged(&["config reloaded"]).await;
+}
+
 /// What SPIRE's agent looks at to know its caller: the owner of `/proc/PID` must be the one that the socket tells of.
 #[tokio::test]
 async fn another_process_sees_who_we_are_and_not_what_we_hold() {
