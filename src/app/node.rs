@@ -65,8 +65,8 @@ impl Observer for Sight {
             access::connection(record);
         }
     }
-    fn event(&self, direction: Direction, _listener: &Arc<str>, event: Event) {
-        self.metrics.event(direction, event);
+    fn event(&self, direction: Direction, listener: &Arc<str>, event: Event) {
+        self.metrics.event(direction, listener, event);
     }
     fn request_begun(&self, direction: Direction) {
         self.metrics.request_begun(direction);
@@ -273,6 +273,7 @@ fn state(proxy: &Proxy, readiness: &Readiness) -> Value {
                 "direction": entry.direction,
                 "client": entry.client.to_string(),
                 "peer": entry.peer().map(|peer| peer.id().as_str()),
+                "plaintext": entry.is_unproven(),
                 "peer_not_after": entry.peer().map(|peer| peer.not_after()),
                 "open_seconds": entry.opened.elapsed().as_secs(),
             })
@@ -305,6 +306,7 @@ fn state(proxy: &Proxy, readiness: &Readiness) -> Value {
         },
         "bundles": bundles,
         "listeners": proxy.listeners(),
+        "plaintext": proxy.plaintext(),
         "connections": { "open": proxy.registry().len(), "listed": connections },
         "config": proxy.config(),
     })
