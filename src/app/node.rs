@@ -67,8 +67,8 @@ impl Observer for Sight {
             access::connection(record);
         }
     }
-    fn event(&self, direction: Direction, _listener: &Arc<str>, event: Event) {
-        self.metrics.event(direction, event);
+    fn event(&self, direction: Direction, listener: &Arc<str>, event: Event) {
+        self.metrics.event(direction, listener, event);
     }
     fn request_begun(&self, direction: Direction) {
         self.metrics.request_begun(direction);
@@ -283,6 +283,7 @@ fn state(proxy: &Proxy, readiness: &Readiness, sandbox: &Sandbox) -> Value {
                 "direction": entry.direction,
                 "client": entry.client.to_string(),
                 "peer": entry.peer().map(|peer| peer.id().as_str()),
+                "plaintext": entry.is_unproven(),
                 "peer_not_after": entry.peer().map(|peer| peer.not_after()),
                 "open_seconds": entry.opened.elapsed().as_secs(),
             })
@@ -316,6 +317,7 @@ fn state(proxy: &Proxy, readiness: &Readiness, sandbox: &Sandbox) -> Value {
         "bundles": bundles,
         "listeners": proxy.listeners(),
         "sandbox": sandbox.report(),
+        "plaintext": proxy.plaintext(),
         "connections": { "open": proxy.registry().len(), "listed": connections },
         "config": proxy.config(),
     })
