@@ -4,6 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::intercept::Error;
+
 /// CGROUP2_SUPER_MAGIC (linux/magic.h).
 const MAGIC: u32 = 0x6367_7270;
 
@@ -20,34 +22,20 @@ impl Cgroup {
     /// Opens one by its directory.
     ///
     /// # Errors
-    /// If it is none of version 2, in words, on one line.
-    pub fn open(path: &Path) -> Result<Self, String> {
+    /// If it is none of version 2.
+    pub fn open(path: &Path) -> Result<Self, Error> {
         let name = path.display();
-        let fails = |error: &dyn std::fmt::Display| format!("{name}: {error}");
+        let fails = |error: &dyn std::fmt::Display| Error::new(format!("{name}: {error}"));
         let directory = File::open(path).map_err(|error| fails(&error))?;
         let kind = rustix::fs::fstatfs(&directory).map_err(|error| fails(&error))?.f_type;
         if u32::try_from(kind) != Ok(MAGIC) {
-            return Err(fails(&"not a directory of cgroup version 2; its file system is often at /sys/fs/cgroup"));
+            return Err(Error::new(
+                "this process has a cgroup namespace of its own, in which the workload's cgroup is not to be seen: mount \
+                 the host's /sys/fs/cgroup and name the pod's directory in it with --cgroup",
+            ));
         }
-        let id = directory.metadata().map_err(|error| fails(&error))?.ino();
-        Ok(Self { directory, id, path: path.to_owned() })
-    }
-
-    /// The one that this process is in.
-    ///
-    /// # Errors
-    /// If there is none of version 2, or if it surely is the wrong one: in a cgroup namespace of its own a container sees
-    /// no other's cgroup, so the workload in the next container is not below what it sees.
-    pub fn own() -> Result<Self, String> {
-        let read = |path: &str| std::fs::read_to_string(path).map_err(|error| format!("{path}: {error}"));
-        if !in_first_namespace() {
-            return Err(
-                "this process has a cgroup namespace of its own, in which the workload's cgroup is not to be seen: \
-                        mount the host's /sys/fs/cgroup and name the pod's directory in it with --cgroup"
-                    .to_owned(),
-            );
-        }
-        Self::open(&locate(&read("/proc/self/cgroup")?, &read("/proc/self/mountinfo")?)?)
+        let located = locate(&read("/proc/self/cgroup")?, &read("/proc/self/mountinfo")?);
+        Self::open(&located.map_err(Error::new)?)
     }
 
     /// Its directory.
@@ -111,7 +99,7 @@ mod tests {
     #[test]
     fn a_directory_that_is_no_cgroup_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(Cgroup::open(dir.path()).unwrap_err().contains("not a directory of cgroup version 2"));
+        assert!(Cgroup::open(dir.path()).unwrap_err().to_string().contains("not a directory of cgroup version 2"));
         assert!(Cgroup::open(&dir.path().join("none")).is_err());
     }
 }

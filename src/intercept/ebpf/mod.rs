@@ -16,20 +16,24 @@ mod pins;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
-use super::plan::Plan;
+use super::{Error, Plan};
 
 pub use cgroup::Cgroup;
 pub use links::Fault;
 
 /// Captures the connections that processes of `cgroup` open in the network namespace of the calling thread, from now on.
 /// What was there before of ours is replaced without a moment in which nothing is captured; open connections live on. Of
-/// the plan only what is outbound counts here.
+/// the plan only what is outbound counts here; [`super::apply`] makes the rules for the rest.
 ///
 /// Needs CAP_BPF, CAP_NET_ADMIN and a BPF file system.
 ///
 /// # Errors
-/// In words, on one line. What stood before then still stands.
-pub fn apply(plan: &Plan, cgroup: &Cgroup) -> Result<(), String> {
+/// Why it could not. If it was the first time, nothing is left of it.
+pub fn apply(plan: &Plan, cgroup: &Cgroup) -> Result<(), Error> {
+    install(plan, cgroup).map_err(|why| Error::new(format!("eBPF capture: {why}")))
+}
+
+fn install(plan: &Plan, cgroup: &Cgroup) -> Result<(), String> {
     let netns = netns_cookie()?;
     let plan = bytes::encode(plan, netns)?;
     let pins = pins::Pins::make(Path::new(pins::BPFFS), cgroup, netns)?;
@@ -43,19 +47,24 @@ pub fn apply(plan: &Plan, cgroup: &Cgroup) -> Result<(), String> {
 /// Ends the capture of this cgroup in the network namespace of the calling thread. Whether there was one.
 ///
 /// # Errors
-/// In words, on one line.
-pub fn remove(cgroup: &Cgroup) -> Result<bool, String> {
-    let Some(pins) = pins::Pins::find(Path::new(pins::BPFFS), cgroup, netns_cookie()?)? else { return Ok(false) };
-    pins.clear()?;
-    Ok(true)
+/// Why it could not.
+pub fn remove(cgroup: &Cgroup) -> Result<bool, Error> {
+    let removed = netns_cookie()
+        .and_then(|netns| pins::Pins::find(Path::new(pins::BPFFS), cgroup, netns))
+        .and_then(|pins| pins.map(pins::Pins::clear).transpose());
+    removed.map(|done| done.is_some()).map_err(|why| Error::new(format!("removing eBPF capture: {why}")))
 }
 
 /// What is wrong with the capture of this cgroup in the network namespace of the calling thread; nothing if it stands as
 /// declared. Needs what [`apply`] needs.
 ///
 /// # Errors
-/// If that cannot be found out, in words, on one line.
-pub fn standing(plan: &Plan, cgroup: &Cgroup) -> Result<Vec<Fault>, String> {
+/// Why it cannot be found out.
+pub fn standing(plan: &Plan, cgroup: &Cgroup) -> Result<Vec<Fault>, Error> {
+    compare(plan, cgroup).map_err(|why| Error::new(format!("reading eBPF capture: {why}")))
+}
+
+fn compare(plan: &Plan, cgroup: &Cgroup) -> Result<Vec<Fault>, String> {
     let netns = netns_cookie()?;
     let plan = bytes::encode(plan, netns)?;
     match pins::Pins::find(Path::new(pins::BPFFS), cgroup, netns)? {

@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use libbpf_rs::query::{LinkInfoIter, LinkTypeInfo};
+use portcullis::intercept::Error;
 use portcullis::intercept::ebpf::{self, Cgroup};
 use portcullis::intercept::plan::{OutboundCapture, Plan, ProxyOwner, Udp};
 use socket2::{SockAddr, SockRef, Socket, Type};
@@ -29,7 +30,7 @@ pub struct OwnCgroup(pub PathBuf);
 
 impl OwnCgroup {
     fn new() -> Result<Self, String> {
-        Self::within(Cgroup::own()?.path())
+        Self::within(Cgroup::own().map_err(text)?.path())
     }
 
     /// One in another.
@@ -79,9 +80,13 @@ fn available() -> Result<(), String> {
         let cgroup = OwnCgroup::new()?;
         let applied = ebpf::apply(&plan(), &cgroup.opened());
         let removed = ebpf::remove(&cgroup.opened());
-        applied.and(removed.map(|_| ()))
+        applied.and(removed.map(|_| ())).map_err(text)
     };
     ANSWER.get_or_init(ask).clone()
+}
+
+fn text(error: Error) -> String {
+    error.to_string()
 }
 
 /// What is captured unless a test says otherwise.
@@ -203,12 +208,12 @@ impl Gate {
         command
     }
 
-    pub async fn apply(&self, plan: Plan) -> Result<(), String> {
+    pub async fn apply(&self, plan: Plan) -> Result<(), Error> {
         let cgroup = self.cgroup.opened();
         self.pod.run(ROOT, move || ebpf::apply(&plan, &cgroup)).await
     }
 
-    pub async fn remove(&self) -> Result<bool, String> {
+    pub async fn remove(&self) -> Result<bool, Error> {
         let cgroup = self.cgroup.opened();
         self.pod.run(ROOT, move || ebpf::remove(&cgroup)).await
     }

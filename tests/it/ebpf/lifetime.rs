@@ -131,7 +131,7 @@ async fn an_attempt_that_fails_leaves_nothing_and_takes_nothing_away() {
     let gate = Gate::open(parts).await;
     gate.proxy().await;
     let too_many = plan_with(|outbound| outbound.skip_uids = (0..1000).collect());
-    let why = gate.apply(too_many.clone()).await.unwrap_err();
+    let why = gate.apply(too_many.clone()).await.unwrap_err().to_string();
     assert!(why.contains("1001 users") && !why.contains('\n'), "{why}");
     assert_eq!(gate.pins(), None);
     gate.apply(plan()).await.unwrap();
@@ -140,7 +140,7 @@ async fn an_attempt_that_fails_leaves_nothing_and_takes_nothing_away() {
     assert_eq!(gate.ask(to).await.unwrap().went, Went::ToProxy(to));
 
     let cgroup = gate.cgroup.opened();
-    let unprivileged = gate.pod.run(1, move || ebpf::apply(&plan(), &cgroup)).await.unwrap_err();
+    let unprivileged = gate.pod.run(1, move || ebpf::apply(&plan(), &cgroup)).await.unwrap_err().to_string();
     assert!(!unprivileged.contains('\n'), "{unprivileged}");
     assert_eq!(gate.faults(plan()).await, []);
 }
