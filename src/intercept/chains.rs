@@ -195,8 +195,8 @@ fn uncaptured(plan: &Plan, outbound: &OutboundCapture) -> Vec<Rule> {
     } else {
         let lost = [Match::Protocol(TCP), Match::State(state::INVALID | state::UNTRACKED)];
         rules.push(rule(lost, Action::Drop, "would leave uncaptured"));
+        rules.push(rule([Match::Protocol(TCP)], Action::Return, ""));
     }
-    rules.push(rule([Match::Protocol(TCP)], Action::Return, ""));
     if plan.udp == Udp::Allow {
         return rules;
     }
