@@ -6,7 +6,7 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use portcullis::intercept::{
     self, Backend, InboundCapture, InboundMode, OutboundCapture, Plan, ProxyOwner, Standing, Udp, WORKLOAD_TOS,
@@ -15,7 +15,8 @@ use portcullis::intercept::{
 use rustix::thread::{Gid, Uid, set_thread_res_gid, set_thread_res_uid};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
-use crate::harness::PATIENCE;
+use crate::harness::{PATIENCE, program, tool};
+use crate::netns::{available, skipped};
 
 const POD: &str = "10.99.0.2";
 const POD_V6: &str = "fd99::2";
@@ -53,24 +54,20 @@ impl Drop for Pod {
 
 impl Pod {
     /// None, and loudly, where namespaces cannot be had.
+    #[track_caller]
     fn new() -> Option<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
+        if let Err(why) = available() {
+            skipped(&why, std::panic::Location::caller());
+            return None;
+        }
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = |what: &str| format!("portcullis-{}-{number}-{what}", std::process::id());
         let pod = Self { pod: name("pod"), peer: name("peer") };
-        let made = Command::new("ip").args(["netns", "add", &pod.pod]).output();
-        let why = match made {
-            Ok(output) if output.status.success() => String::new(),
-            Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-            Err(why) => format!("ip: {why}"),
-        };
-        if !rustix::process::geteuid().is_root() || !why.is_empty() {
-            eprintln!("SKIPPED: no network namespaces here, this takes root and iproute2 ({why})");
-            return None;
-        }
         let (a, b) = (&pod.pod, &pod.peer);
         run(&format!(
-            "ip netns add {b}
+            "ip netns add {a}
+             ip netns add {b}
              for n in {a} {b}; do ip -n $n link set lo up; done
              ip -n {a} link add eth0 type veth peer name eth0 netns {b}
              ip -n {a} addr add {ALIAS}/32 dev lo
@@ -190,7 +187,7 @@ fn serve(name: &str, mut stream: TcpStream, from: SocketAddr) {
     let original = if local.is_ipv4() { reference.original_dst_v4() } else { reference.original_dst_v6() };
     let wanted = original.ok().and_then(|address: SockAddr| address.as_socket()).unwrap_or(local);
     let _ = stream.set_read_timeout(Some(PATIENCE));
-    let _ = writeln!(stream, "{name} {wanted} {}", from.ip());
+    let _ = stream.write_all(format!("{name} {wanted} {}\n", from.ip()).as_bytes());
     let mut buffer = [0; 1024];
     while let Ok(length @ 1..) = stream.read(&mut buffer) {
         if stream.write_all(&buffer[..length]).is_err() {
@@ -672,4 +669,200 @@ fn the_workload_sees_the_client_and_its_answers_come_to_the_proxy() {
             assert!(echoes(&mut stream).unwrap());
         }
     }
+}
+
+/// A connection from outside, and in it a segment far beyond the window, which conntrack calls invalid. The numbers are
+/// read out of the socket (TCP_REPAIR, tcp(7)).
+const OUT_OF_WINDOW: &str = r#"
+import socket, struct, sys
+source, to = sys.argv[1:3]
+connection = socket.create_connection((to, 8080), 10, (source, 0))
+connection.recv(100)
+numbers = []
+connection.setsockopt(6, 19, 1)
+for queue in 1, 2:
+    connection.setsockopt(6, 20, queue)
+    numbers.append(connection.getsockopt(6, 21) & 0xffffffff)
+connection.setsockopt(6, 19, -1)
+port = connection.getsockname()[1]
+def segment(checksum):
+    sequence = (numbers[1] + 0x40000000) & 0xffffffff
+    return struct.pack("!HHIIBBHHH", port, 8080, sequence, numbers[0], 5 << 4, 0x18, 1024, checksum, 0) + b"late"
+pseudo = socket.inet_aton(source) + socket.inet_aton(to) + struct.pack("!HH", 6, len(segment(0))) + segment(0)
+total = sum(struct.unpack("!%dH" % (len(pseudo) // 2), pseudo))
+while total >> 16:
+    total = (total & 0xffff) + (total >> 16)
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
+raw.bind((source, 0))
+raw.sendto(segment(~total & 0xffff), (to, 0))
+try:
+    connection.sendall(b"still here")
+    print(connection.recv(100).decode())
+except ConnectionError as why:
+    print(type(why).__name__)
+"#;
+
+#[test]
+fn a_segment_that_conntrack_does_not_know_resets_nothing() {
+    let Some(pod) = Pod::new() else { return };
+    let _servers = pod.servers();
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("segment.py");
+    std::fs::write(&script, OUT_OF_WINDOW).unwrap();
+    let python = tool("PORTCULLIS_TEST_PYTHON", "python3");
+    let say = || {
+        run(&format!("ip netns exec {} {} {} {PEER} {POD}", pod.peer, python.display(), script.display()))
+            .trim()
+            .to_owned()
+    };
+    pod.apply(&Plan { outbound: None, ..plan() }, Backend::Nftables);
+    assert_eq!(say(), "still here");
+    // Without the rule it is as the rule says.
+    pod.in_pod("nft flush chain inet portcullis prerouting_filter");
+    assert_eq!(say(), "ConnectionResetError");
+    pod.apply(&Plan { outbound: None, ..plan() }, Backend::Iptables);
+    assert_eq!(say(), "still here");
+}
+
+/// The seconds that conntrack gives a half-closed connection from this port, once it is that.
+fn life(pod: &Pod, port: u16) -> u32 {
+    let number = format!("sport={port} ");
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let table = pod.in_pod("cat /proc/net/nf_conntrack");
+        let line = table.lines().find(|line| line.contains(&number) && line.contains(" CLOSE_WAIT "));
+        if let Some(seconds) = line.and_then(|line| line.split_ascii_whitespace().nth(4)) {
+            return seconds.parse().unwrap();
+        }
+        assert!(Instant::now() < until, "{table}");
+    }
+}
+
+#[test]
+fn a_half_closed_connection_is_remembered_as_long_as_the_plan_says_and_keeps_what_it_had() {
+    let Some(pod) = Pod::new() else { return };
+    let listen = |address: &str, transparent: bool| {
+        pod.inside(|| {
+            let socket = socket(address);
+            socket.set_ip_transparent_v4(transparent).unwrap();
+            socket.listen(4).unwrap();
+            TcpListener::from(socket)
+        })
+    };
+    let outbound = listen("127.0.0.1:15001", false);
+    // Opens a connection, closes its one half, and keeps the other.
+    let half_closed = |listener: &TcpListener, client: TcpStream| {
+        let (server, _) = listener.accept().unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        (client.local_addr().unwrap().port(), client, server)
+    };
+    let mut kept = Vec::new();
+    for (plan, inbound) in [(plan(), "0.0.0.0:15006"), (tproxy(false), "0.0.0.0:15006")] {
+        let inbound = listen(inbound, matches!(plan.inbound.as_ref().unwrap().mode, InboundMode::Tproxy { .. }));
+        pod.apply(&plan, Backend::Nftables);
+        kept.push(half_closed(&outbound, pod.inside(|| TcpStream::connect(port(PEER, 8080)).unwrap())));
+        kept.push(half_closed(&inbound, pod.outside(|| TcpStream::connect(port(POD, 8080)).unwrap())));
+        for (client, ..) in &kept {
+            assert!((3000..=3600).contains(&life(&pod, *client)));
+        }
+        let shorter = Plan { half_closed: Duration::from_secs(600), ..plan };
+        pod.apply(&shorter, Backend::Nftables);
+        let later = half_closed(&outbound, pod.inside(|| TcpStream::connect(port(PEER, 8080)).unwrap()));
+        assert!((300..=600).contains(&life(&pod, later.0)));
+        for (client, ..) in &kept {
+            assert!((3000..=3600).contains(&life(&pod, *client)));
+        }
+    }
+}
+
+#[test]
+fn a_socket_that_is_bound_to_a_device_does_not_get_out() {
+    let Some(pod) = Pod::new() else { return };
+    let _servers = pod.servers();
+    let bound = || {
+        pod.inside(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.bind_device(Some(b"eth0")).unwrap();
+            become_user(APP);
+            let asked = socket.connect_timeout(&port(PEER, 8080).into(), Duration::from_secs(1));
+            asked.and_then(|()| greeted(socket.into())).map(|(line, _)| line)
+        })
+    };
+    assert!(bound().unwrap().starts_with("peer"));
+    for backend in BACKENDS {
+        // A peer that would take the captured segments for its own, if they came.
+        run(&format!("ip netns exec {} sysctl -qw net.ipv4.conf.all.route_localnet=1", pod.peer));
+        pod.apply(&plan(), backend);
+        // Who has made the socket counts, and that was root.
+        match bound() {
+            Ok(line) => assert!(line.starts_with("outbound"), "{backend:?}: {line}"),
+            Err(why) => assert_eq!(why.kind(), ErrorKind::TimedOut, "{backend:?}"),
+        }
+    }
+}
+
+#[test]
+fn the_command_applies_shows_and_removes() {
+    let Some(pod) = Pod::new() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("portcullis.yaml");
+    let text = |intercept: &str| {
+        format!(
+            "identity: unix:///run/agent.sock\n{intercept}inbound: [{{ name: in, listen: '0.0.0.0:8443', to: '127.0.0.1:80', allow: [spiffe://a.example/x] }}]\n"
+        )
+    };
+    std::fs::write(&config, text("intercept: { inbound: {}, outbound: {}, dns_servers: [10.99.0.1] }\n")).unwrap();
+    let namespace = Pod::path(&pod.pod);
+    let redirect = |before: &[&str], arguments: &[&str]| {
+        let words = [before, &[program(), "redirect"], arguments].concat();
+        let output = Command::new(words[0]).args(&words[1..]).env("PORTCULLIS_CONFIG", &config).output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let netns = ["--netns", namespace.to_str().unwrap()];
+    for mode in [&[][..], &["--mode", "nft"]] {
+        let (code, out, err) = redirect(&[], &[&["apply"], &netns[..], mode].concat());
+        assert_eq!((code, err.as_str(), out.lines().count()), (Some(0), "", 1), "{out}");
+        assert!(
+            out.ends_with("chains by nf_tables; inbound to port 15006 by redirect; outbound to port 15001\n"),
+            "{out}"
+        );
+    }
+    let applied = pod.nft_list();
+    assert!(applied.contains("tcp dport 8443 return"), "a listener of its own is not captured: {applied}");
+    let shown = redirect(&[], &["show"]);
+    assert_eq!((shown.0, shown.2.as_str()), (Some(0), ""));
+    pod.inside(intercept::remove).unwrap();
+    std::fs::write(dir.path().join("rules"), shown.1).unwrap();
+    pod.in_pod(&format!("nft -f {}", dir.path().join("rules").display()));
+    assert_eq!(pod.nft_list(), applied);
+
+    let (code, out, err) = redirect(&[], &[&["apply"], &netns[..], &["--mode", "iptables"]].concat());
+    assert_eq!((code, err.as_str()), (Some(0), ""));
+    assert!(out.contains("by iptables"), "{out}");
+    assert_eq!(pod.nft_list(), "");
+    let v6 = redirect(&[], &["show", "--format", "iptables"]).1;
+    std::fs::write(dir.path().join("rules"), v6.split("# IPv6\n").nth(1).unwrap()).unwrap();
+    pod.in_pod(&format!("ip6tables-legacy-restore --test --noflush {}", dir.path().join("rules").display()));
+
+    for _ in 0..2 {
+        let (code, out, err) = redirect(&[], &[&["remove"], &netns[..]].concat());
+        assert_eq!((code, out.as_str(), err.as_str()), (Some(0), "removed: no rule of portcullis is left\n", ""));
+        assert!(!pod.in_pod("iptables-legacy-save").contains("PORTCULLIS"));
+    }
+
+    let powerless = ["ip", "netns", "exec", &pod.pod, "setpriv", "--bounding-set=-all", "--inh-caps=-all"];
+    for command in ["apply", "remove"] {
+        let (code, out, err) = redirect(&powerless, &[command]);
+        assert_eq!((code, out.as_str(), err.lines().count()), (Some(1), "", 1), "{err}");
+        assert!(err.contains("CAP_NET_ADMIN in the network namespace: run as root"), "{err}");
+    }
+    assert_eq!(pod.nft_list(), "");
+    let (code, _, err) = redirect(&[], &["apply", "--netns", "/nonexistent"]);
+    assert_eq!(code, Some(1));
+    assert!(err.starts_with("portcullis: cannot open the network namespace /nonexistent: "), "{err}");
+    std::fs::write(&config, text("")).unwrap();
+    let (code, _, err) = redirect(&[], &["show"]);
+    assert_eq!(code, Some(1));
+    assert!(err.contains("nothing is captured; declare it under `intercept`"), "{err}");
 }
