@@ -109,6 +109,10 @@ fn prerouting_nat(inbound: &InboundCapture) -> Option<Chain> {
 /// would reset the connection. Transparent capture is here too, because the destination must still be the original one.
 fn prerouting(plan: &Plan, inbound: &InboundCapture) -> Chain {
     let mut rules = to_us_by_tcp(inbound);
+    if inbound.mode == InboundMode::Redirect {
+        // Nearly all packets leave the chain here, before the lists.
+        rules.insert(1, rule([Match::State(state::ESTABLISHED | state::NEW)], Action::Return, "conntrack knows it"));
+    }
     rules.push(rule([Match::State(state::INVALID | state::UNTRACKED)], Action::Drop, "cannot be captured"));
     if let InboundMode::Tproxy { .. } = inbound.mode {
         // Answers to connections that were opened from here.
