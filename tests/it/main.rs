@@ -11,9 +11,11 @@
     clippy::indexing_slicing
 )]
 
+mod attempts;
 mod client;
 mod harness;
 mod load;
+mod mesh;
 mod netns;
 mod pair;
 mod seen;
@@ -24,6 +26,7 @@ mod wire;
 mod agent;
 mod authority;
 mod basics;
+mod bypass;
 mod cli;
 mod demo;
 mod envoy;
@@ -41,10 +44,12 @@ mod peers;
 mod pods;
 mod policy;
 mod postgres;
+mod redirect;
 mod resilience;
 mod restart;
 mod rotation;
 mod sight;
 mod spiffe;
 mod traces;
+mod transparent;
 mod websocket;
