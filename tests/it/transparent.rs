@@ -4,8 +4,10 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
 use crate::agent::go_path;
-use crate::harness::{Running, exchange, field, succeeds, tool};
+use crate::harness::{Proxy, Running, exchange, field, soon, succeeds, tool, until};
 use crate::mesh::{Extra, Mesh, PORT, Pods, both};
 use crate::netns::{APPLICATION, PROXY, Pod, ROOT, within_reach};
 use crate::pods::{Workload, marker};
@@ -190,4 +192,38 @@ async fn a_service_that_calls_its_own_address_meets_the_inbound_policy() {
         exchange(&mut stream, b"to myself").await.unwrap();
         assert_eq!(workload.met().len(), 1);
     }
+}
+
+#[tokio::test]
+async fn connections_are_held_until_the_identity_is_there() {
+    let Some(pods) = Pods::new() else { return };
+    let pods = pods.await;
+    let (server_config, client_config) = (pods.server_config(Extra::default()), pods.client_config(Extra::default()));
+    pods.apply(&pods.server, &server_config).await;
+    pods.apply(&pods.client, &client_config).await;
+    let withheld = ["server.key", "client.key"].map(|name| pods.domain.path().join(name));
+    for key in &withheld {
+        std::fs::rename(key, key.with_extension("withheld")).unwrap();
+    }
+    let workload = Workload::start(&pods.server, pods.server.at(PORT)[0]).await;
+    let behind = pods.server.proxy(&pods.domain, &server_config).await;
+    let before = pods.client.proxy(&pods.domain, &client_config).await;
+    let mut stream = pods.client.connect(APPLICATION, workload.address).await.unwrap();
+    let marker = marker("held");
+    stream.write_all(&marker).await.unwrap();
+    let taken = async |proxy: &Proxy, direction| {
+        proxy.metrics().await.sum("portcullis_connections_open", &[("direction", direction)]) == 1.0
+    };
+    until("the connection to be held", || async { taken(&before, "outbound").await.then_some(()) }).await;
+    assert_eq!((before.get("/readyz").await.0, behind.get("/readyz").await.0), (503, 503));
+    let give = |key: &std::path::PathBuf| std::fs::rename(key.with_extension("withheld"), key).unwrap();
+    // The client's sidecar can speak now, and the server's cannot: it holds as well.
+    give(&withheld[1]);
+    until("the connection to be held there", || async { taken(&behind, "inbound").await.then_some(()) }).await;
+    assert!(workload.met().is_empty() && !pods.wire.saw(&marker).await);
+    give(&withheld[0]);
+    let mut back = vec![0; marker.len()];
+    soon("the echo", stream.read_exact(&mut back)).await.unwrap();
+    assert_eq!(back, marker);
+    pods.wire.only_sealed(workload.address.ip(), &marker).await;
 }
