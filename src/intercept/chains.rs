@@ -171,6 +171,15 @@ fn output(plan: &Plan) -> Option<Chain> {
     for port in ports.into_iter().flatten() {
         rules.extend(half_closed(plan, port));
     }
+    // Its own legs are not rewritten. But the next segment of one that conntrack has forgotten is to it the first of a
+    // new connection, which is captured: what the workload says on the inbound leg, or a server on the outbound one.
+    for owner in owners(plan) {
+        rules.extend(Family::BOTH.map(|family| Rule {
+            matches: vec![Match::Family(family), Match::Protocol(TCP), owner, Match::State(state::NEW)],
+            actions: vec![Action::Timeout(Timeout::new(family, plan.half_closed).name)],
+            comment: "how long it may be half closed",
+        }));
+    }
     if let Some(outbound) = &plan.outbound
         && (captures_tcp.is_some() || plan.udp != Udp::Allow)
     {

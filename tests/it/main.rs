@@ -11,9 +11,11 @@
     clippy::indexing_slicing
 )]
 
+mod attempts;
 mod client;
 mod harness;
 mod load;
+mod mesh;
 mod netns;
 mod pair;
 mod seen;
@@ -24,6 +26,7 @@ mod wire;
 mod agent;
 mod authority;
 mod basics;
+mod bypass;
 mod cli;
 mod demo;
 mod envoy;
@@ -41,6 +44,7 @@ mod peers;
 mod pods;
 mod policy;
 mod postgres;
+mod redirect;
 mod redirect_rules;
 mod resilience;
 mod restart;
@@ -49,4 +53,5 @@ mod sandbox;
 mod sight;
 mod spiffe;
 mod traces;
+mod transparent;
 mod websocket;
