@@ -14,6 +14,7 @@ pub mod explain;
 pub mod man;
 pub mod run;
 pub mod schema;
+pub mod status;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -47,6 +48,8 @@ pub enum Command {
     Check(check::CheckArgs),
     /// Say what policy makes of a peer, and by which rule, without any traffic.
     Explain(explain::ExplainArgs),
+    /// Say how a running proxy fares: ready or not, its identity, who still speaks plaintext.
+    Status(status::StatusArgs),
     /// Run a small SPIFFE authority that serves the Workload API.
     Authority(authority::AuthorityArgs),
     /// Print shell completions.
@@ -143,6 +146,7 @@ pub fn execute(command: Command, streams: &mut Streams<'_>) -> Outcome {
         Command::Demo(args) => demo::demo(&args, streams),
         Command::Check(args) => check::check(&args, streams),
         Command::Explain(args) => explain::explain(&args, streams),
+        Command::Status(args) => status::status(&args, streams),
         Command::Authority(args) => authority::authority(&args, streams),
         Command::Completions(args) => completions::completions(&args, streams),
         Command::Man(args) => man::man(&args, streams),
