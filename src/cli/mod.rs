@@ -12,6 +12,7 @@ pub mod completions;
 pub mod demo;
 pub mod explain;
 pub mod man;
+pub mod redirect;
 pub mod run;
 pub mod schema;
 pub mod status;
@@ -50,6 +51,9 @@ pub enum Command {
     Explain(explain::ExplainArgs),
     /// Say how a running proxy fares: ready or not, its identity, who still speaks plaintext.
     Status(status::StatusArgs),
+    /// Make, remove or show the rules that bring a workload's traffic to the proxy.
+    #[command(subcommand)]
+    Redirect(redirect::RedirectCommand),
     /// Run a small SPIFFE authority that serves the Workload API.
     Authority(authority::AuthorityArgs),
     /// Print shell completions.
@@ -147,6 +151,7 @@ pub fn execute(command: Command, streams: &mut Streams<'_>) -> Outcome {
         Command::Check(args) => check::check(&args, streams),
         Command::Explain(args) => explain::explain(&args, streams),
         Command::Status(args) => status::status(&args, streams),
+        Command::Redirect(command) => redirect::redirect(&command, streams),
         Command::Authority(args) => authority::authority(&args, streams),
         Command::Completions(args) => completions::completions(&args, streams),
         Command::Man(args) => man::man(&args, streams),

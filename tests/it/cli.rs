@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use tokio::net::TcpListener;
 use tokio::process::Command;
 
-use crate::harness::{Domain, Running, inbound_listener, output, portcullis, program, succeeds};
+use crate::harness::{Domain, Proxy, Running, echo, inbound_listener, output, portcullis, program, succeeds};
 
 fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
