@@ -24,6 +24,7 @@ mod wire;
 mod agent;
 mod authority;
 mod basics;
+mod captured;
 mod cli;
 mod demo;
 mod envoy;
