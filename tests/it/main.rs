@@ -46,6 +46,7 @@ mod redirect_rules;
 mod resilience;
 mod restart;
 mod rotation;
+mod sandbox;
 mod sight;
 mod spiffe;
 mod traces;
