@@ -27,6 +27,7 @@ mod agent;
 mod authority;
 mod basics;
 mod bypass;
+mod captured;
 mod cli;
 mod demo;
 mod envoy;
