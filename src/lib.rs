@@ -6,7 +6,8 @@
 //! ```
 //!
 //! The rooms, from the outside in: [`cli`] → [`app`] → [`admin`], [`proxy`] → [`policy`], [`tls`] → [`identity`] →
-//! [`config`]; [`telemetry`] and [`posture`] receive plain records. The whole picture is in ARCHITECTURE.md.
+//! [`config`]; [`telemetry`] and [`posture`] receive plain records, and [`sandbox`] locks the process in. The whole picture is in
+//! ARCHITECTURE.md.
 
 pub mod admin;
 pub mod app;
@@ -19,6 +20,7 @@ pub mod intercept;
 pub mod policy;
 pub mod posture;
 pub mod proxy;
+pub mod sandbox;
 pub mod telemetry;
 #[cfg(test)]
 mod testing;

@@ -14,10 +14,12 @@
 mod client;
 mod harness;
 mod load;
+mod netns;
 mod pair;
 mod seen;
 #[path = "../../src/testing.rs"]
 mod testing;
+mod wire;
 
 mod agent;
 mod authority;
@@ -36,11 +38,14 @@ mod hygiene;
 mod openssl;
 mod operations;
 mod peers;
+mod pods;
 mod policy;
 mod postgres;
+mod redirect_rules;
 mod resilience;
 mod restart;
 mod rotation;
+mod sandbox;
 mod sight;
 mod spiffe;
 mod traces;

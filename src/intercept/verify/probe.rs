@@ -198,7 +198,7 @@ mod tests {
         let tcp_target = target(Type::STREAM, HERE, None, &[]).unwrap();
         let other = target(Type::STREAM, HERE, None, &[]).unwrap();
         let mut leg = None;
-        let carried = |to| {
+        let mut carried = |to| {
             leg = Some(dial(Type::STREAM, to)?);
             dial(Type::STREAM, address(&other).unwrap())
         };
