@@ -117,6 +117,12 @@ mod tests {
     }
 
     #[test]
+    fn the_watch_over_captured_traffic_needs_to_read_the_rules() {
+        let captures = config("intercept: {outbound: {}}");
+        assert_eq!(needed(&captures, 1024), CapabilitySet::NET_ADMIN);
+    }
+
+    #[test]
     fn only_a_low_port_needs_a_capability() {
         let low = CapabilitySet::NET_BIND_SERVICE;
         for (config, unprivileged_from, expected) in [
