@@ -39,6 +39,7 @@ mod hostile;
 mod http;
 mod http_policy;
 mod hygiene;
+mod interception;
 mod openssl;
 mod operations;
 mod peers;
