@@ -30,6 +30,8 @@ mod bypass;
 mod captured;
 mod cli;
 mod demo;
+#[cfg(feature = "ebpf")]
+mod ebpf;
 mod envoy;
 mod envoy_http;
 mod floods;

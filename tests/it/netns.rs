@@ -164,7 +164,7 @@ impl Namespace {
 }
 
 /// Gives this thread, and no other of the process, to a user who has no capabilities.
-fn become_user(uid: u32) {
+pub fn become_user(uid: u32) {
     if uid == ROOT {
         return;
     }
