@@ -194,6 +194,8 @@ fn transparent_capture_hands_over_and_passes_nothing_when_nobody_listens() {
         assert_eq!(pod.peer_asks(PEER_V6, port(POD_V6, 8080)), "inbound [fd99::2]:8080 fd99::1");
         let (_, mut captured) = pod.outside(|| dial(port(POD, 8080))).unwrap();
         assert!(echoes(&mut captured).unwrap());
+        // What the proxy calls of the pod itself does not come in, and is redirected all the same.
+        assert!(pod.pod_asks(PROXY, port(POD, 8080)).starts_with("inbound 10.99.0.2:8080 "));
         // Connections that the pod opens are not taken for inbound ones when their answers come.
         assert!(pod.pod_asks(PROXY, port(PEER, 8080)).starts_with("peer"));
         drop(listening);
