@@ -65,6 +65,8 @@ impl Sandbox {
         if mode == SandboxMode::Off {
             return Ok(Self::off());
         }
+        // Read once, at the first question, from prctl(2) or `/proc/self/auxv`: both are out of reach from within.
+        let _ = rustix::param::page_size();
         let grants = Grants::of(config, file);
         let mut sandbox = Self { report: Report::begin(mode), warnings: grants.notes.clone(), ..Self::off() };
         sandbox.report.no_new_privs = Part::of(rustix::thread::set_no_new_privs(true).map_err(|e| e.to_string()));
