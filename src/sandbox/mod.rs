@@ -61,6 +61,8 @@ impl Sandbox {
     /// # Errors
     /// Under `sandbox: require`, what cannot be had and why.
     pub fn enter(config: &Config, file: &Path) -> Result<Self, String> {
+        // What the kernel told the process at its start is read on first use, and panics where it can no longer be read.
+        let _ = rustix::param::page_size();
         let mode = config.sandbox;
         if mode == SandboxMode::Off {
             return Ok(Self::off());
