@@ -65,6 +65,8 @@ impl Sandbox {
         if mode == SandboxMode::Off {
             return Ok(Self::off());
         }
+        // Metrics ask for the size of a page. It is read once, by what a process that is not dumpable may not read.
+        let _ = rustix::param::page_size();
         let grants = Grants::of(config, file);
         let mut sandbox = Self { report: Report::begin(mode), warnings: grants.notes.clone(), ..Self::off() };
         sandbox.report.no_new_privs = Part::of(rustix::thread::set_no_new_privs(true).map_err(|e| e.to_string()));
