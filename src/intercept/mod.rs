@@ -20,6 +20,8 @@ mod arrivals;
 mod chains;
 mod changes;
 pub mod declared;
+#[cfg(all(feature = "ebpf", target_os = "linux"))]
+pub mod ebpf;
 mod expressions;
 mod iptables;
 mod iptables_text;
