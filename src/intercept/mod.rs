@@ -19,6 +19,7 @@ pub mod declared;
 mod expressions;
 mod iptables;
 mod iptables_text;
+pub(crate) mod link;
 mod netlink;
 mod netns;
 mod nft_text;
