@@ -7,11 +7,12 @@ use std::sync::Arc;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use super::{ApplyError, House};
+use super::{ApplyError, House, Proxy};
 use crate::config::Config;
-use crate::config::schema::InboundMode;
+use crate::config::schema::{CapturedPorts, InboundMode, Plaintext};
 use crate::proxy::capture::{InboundCapture, OutboundCapture, OwnPorts};
 use crate::proxy::inherited::Inherited;
+use crate::proxy::ledger::{self, Ledger};
 use crate::proxy::listener::{Address, Listener, Shared};
 
 /// What captures, in one direction or both.
@@ -94,6 +95,11 @@ impl Captures {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn inbound(&self) -> Option<Arc<InboundCapture>> {
+        self.inbound.clone()
+    }
+
     /// What tells the captures to stop.
     pub(super) fn stop(&self) -> watch::Sender<bool> {
         self.stop.clone()
@@ -102,7 +108,10 @@ impl Captures {
 
 impl House {
     /// Tells the captures which listeners take what.
-    pub(super) fn declare_captures(&self) {
+    pub(super) fn declare_captures(&self, ledger: &Ledger) {
+        let captured = || self.config.inbound.iter().filter_map(|listener| listener.capture.as_ref());
+        let named = captured().flat_map(CapturedPorts::named).copied().collect();
+        ledger.declare(&named, captured().any(|capture| *capture == CapturedPorts::Any));
         if let Some(capture) = &self.captures.inbound {
             capture.declare(self.config.inbound.iter().filter_map(|declared| {
                 let running = self.inbound.get(&declared.name)?;
@@ -116,6 +125,21 @@ impl House {
             });
             capture.declare(listeners.collect());
         }
+    }
+}
+
+impl Proxy {
+    /// Who speaks plaintext to captured ports, and where plaintext could be refused.
+    pub fn plaintext(&self) -> Vec<ledger::Port> {
+        let listeners = self.house().config.inbound.clone();
+        let taking = |takes: &dyn Fn(&CapturedPorts) -> bool| {
+            let found = listeners.iter().find(|listener| listener.capture.as_ref().is_some_and(takes));
+            found.map(|listener| (listener.name.clone(), listener.plaintext))
+        };
+        self.shared.ledger.report(|port| -> Option<(String, Plaintext)> {
+            let named = port.and_then(|port| taking(&|capture| capture.named().contains(&port)));
+            named.or_else(|| taking(&|capture| *capture == CapturedPorts::Any))
+        })
     }
 }
 

@@ -67,7 +67,8 @@ pub fn demo(args: &DemoArgs, streams: &mut Streams<'_>) -> Outcome {
         return transparent::demo(args, streams);
     }
     let journal = Journal::start(log_to(args.log.as_deref())?).map_err(Failure::new)?;
-    let traffic = super::run::traffic_runtime(None)?;
+    super::give_memory_back();
+    let traffic = super::run::traffic_runtime(super::run::threads_by_quota())?;
     let control = Builder::new_multi_thread()
         .worker_threads(1)
         .thread_name("control")

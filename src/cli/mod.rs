@@ -116,6 +116,14 @@ impl std::fmt::Debug for Streams<'_> {
     }
 }
 
+/// Has memory that is free go back to the system even while nobody asks for any: for commands that stay. It starts a thread,
+/// which is one more that must be within the sandbox.
+fn give_memory_back() {
+    if let Err(error) = tikv_jemalloc_ctl::background_thread::write(true) {
+        tracing::warn!(%error, "memory that is free goes back to the system late");
+    }
+}
+
 /// Reads the arguments, the program's name first, and does what they say.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {

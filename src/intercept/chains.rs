@@ -113,6 +113,8 @@ fn prerouting(plan: &Plan, inbound: &InboundCapture) -> Chain {
     if let InboundMode::Tproxy { .. } = inbound.mode {
         // Answers to connections that were opened from here.
         rules.push(rule([Match::Reply], Action::Return, "answers to our own connections"));
+        // Captured by redirection before, and known to NAT only: the listener would take such a segment for its own.
+        rules.push(rule([Match::Translated], Action::Return, "redirected before these rules"));
         // Looks for the connection's own socket first, for a listener then; so all its segments come by here, the last
         // one of a handshake by SYN cookie too, which no socket knows yet.
         for family in Family::BOTH {

@@ -30,6 +30,7 @@ const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 const CT_STATE: u32 = 0;
 const CT_DIRECTION: u32 = 1;
+const CT_STATUS: u32 = 2;
 const CT_MARK: u32 = 3;
 const NETWORK: u32 = 1;
 const TRANSPORT: u32 = 2;
@@ -39,6 +40,8 @@ const FIB_ADDRTYPE: u32 = 3;
 const LOOPBACK: u32 = 1;
 const RTN_LOCAL: u32 = 2;
 const IP_CT_DIR_REPLY: u8 = 1;
+/// IPS_DST_NAT, a bit of the status.
+const IPS_DST_NAT: u32 = 1 << 5;
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
 const NFT_REJECT_TCP_RST: u32 = 1;
@@ -109,6 +112,11 @@ impl Program {
             Match::State(states) => {
                 self.ct(CT_STATE);
                 self.mask(&states.to_ne_bytes());
+                self.compare(Is::Other, &[0; 4]);
+            }
+            Match::Translated => {
+                self.ct(CT_STATUS);
+                self.mask(&IPS_DST_NAT.to_ne_bytes());
                 self.compare(Is::Other, &[0; 4]);
             }
             Match::Reply => {

@@ -175,6 +175,7 @@ fn match_text(condition: &Match, family: Family, protocol: &mut Option<String>) 
             Some("-m tcp ! --tcp-flags SYN SYN".to_owned())
         }
         Match::State(states) => Some(format!("-m conntrack --ctstate {}", states_text(states))),
+        Match::Translated => Some("-m conntrack --ctstate DNAT".to_owned()),
         Match::Reply => Some("-m conntrack --ctdir REPLY".to_owned()),
         Match::ConnectionMark(mark) => Some(format!("-m connmark --mark {mark:#x}")),
     })

@@ -107,6 +107,7 @@ fn match_text(condition: &Match) -> String {
         Match::Dscp(of, dscp) => format!("{} dscp {dscp:#04x}", family(of)),
         Match::NotSyn => "tcp flags & syn != syn".to_owned(),
         Match::State(states) => format!("ct state {}", states_text(states)),
+        Match::Translated => "ct status dnat".to_owned(),
         Match::Reply => "ct direction reply".to_owned(),
         Match::ConnectionMark(mark) => format!("ct mark {mark:#x}"),
     }

@@ -167,6 +167,8 @@ pub(super) enum Match {
     NotSyn,
     /// What conntrack says of the packet: any of these ([`state`]).
     State(u32),
+    /// Its connection's destination was rewritten.
+    Translated,
     /// It goes against the direction in which its connection was opened.
     Reply,
     /// The mark of the connection.

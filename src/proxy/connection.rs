@@ -86,6 +86,10 @@ impl Connection {
         self.registration.set_peer(peer, most)
     }
 
+    pub(super) fn set_unproven(&mut self) {
+        self.registration.set_unproven();
+    }
+
     pub(super) fn end(&mut self, cause: Cause, detail: impl Into<String>) {
         self.end = Some(End { cause, detail: detail.into() });
     }

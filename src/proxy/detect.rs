@@ -57,6 +57,15 @@ pub fn detect(bytes: &[u8]) -> Detected {
     }
 }
 
+/// Tells TLS ([`Detected::Tls`]) from whatever else it is ([`Detected::Opaque`]), mostly by the first byte.
+pub fn tls_or_not(bytes: &[u8]) -> Detected {
+    match bytes.first() {
+        None => Detected::More,
+        Some(22) => tls(bytes),
+        Some(_) => Detected::Opaque,
+    }
+}
+
 /// A record of type handshake, version 3.x, a length that a record can have, and a ClientHello in it.
 fn tls(bytes: &[u8]) -> Detected {
     let fits = |at: usize, good: fn(u8) -> bool| bytes.get(at).is_none_or(|byte| good(*byte));
@@ -147,7 +156,24 @@ pub enum Outcome {
 /// # Errors
 ///
 /// The stream's own, with which the connection is lost.
-pub async fn read_until_detected<S>(mut io: S, first: Duration, rest: Duration) -> io::Result<(Outcome, Prefixed<S>)>
+pub async fn read_until_detected<S>(io: S, first: Duration, rest: Duration) -> io::Result<(Outcome, Prefixed<S>)>
+where
+    S: AsyncRead + Unpin,
+{
+    read_until(io, detect, first, rest).await
+}
+
+/// [`read_until_detected`] by another way to tell, which gives an answer for [`MAX`] bytes at the latest.
+///
+/// # Errors
+///
+/// The stream's own, with which the connection is lost.
+pub async fn read_until<S>(
+    mut io: S,
+    detect: fn(&[u8]) -> Detected,
+    first: Duration,
+    rest: Duration,
+) -> io::Result<(Outcome, Prefixed<S>)>
 where
     S: AsyncRead + Unpin,
 {
@@ -202,6 +228,11 @@ impl<S> Prefixed<S> {
     /// The stream underneath.
     pub fn get_ref(&self) -> &S {
         &self.io
+    }
+
+    /// The bytes that were read ahead and not given again, and the stream underneath.
+    pub fn into_parts(self) -> (Vec<u8>, S) {
+        (self.ahead().to_vec(), self.io)
     }
 }
 
@@ -295,6 +326,23 @@ mod tests {
                 assert_eq!(detect(&[bytes, tail].concat()), *expected, "{shown}");
             }
         }
+    }
+
+    #[test]
+    fn tls_is_told_from_everything_else_as_soon_as_can_be() {
+        for (bytes, expected) in SAMPLES {
+            let tls = *expected == Detected::Tls;
+            assert_eq!(
+                tls_or_not(bytes),
+                if tls { Detected::Tls } else { Detected::Opaque },
+                "{}",
+                bytes.escape_ascii()
+            );
+        }
+        for more in [&b""[..], b"\x16", &HELLO[..5]] {
+            assert_eq!(tls_or_not(more), Detected::More, "{}", more.escape_ascii());
+        }
+        assert_eq!(tls_or_not(b"G"), Detected::Opaque, "nothing that begins so becomes TLS");
     }
 
     #[test]

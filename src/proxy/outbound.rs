@@ -5,14 +5,16 @@ use std::time::Instant;
 
 use super::connection::{Connection, deadlines, lone_deadlines};
 use super::detect::Prefixed;
+use super::hold;
 use super::http::{self, Spoken, Way};
 use super::inbound::{Sniffing, refused, sniff};
 use super::io::Plain;
 use super::listener::{Accepted, Outbound, Shared};
 use super::record::Cause;
+use super::registry::Known;
 use super::state::OutboundState;
 use super::tcp::{Deadlines, Forward};
-use super::upstream::{self, HostPort};
+use super::upstream::HostPort;
 use crate::config::schema::Protocol;
 use crate::policy::Admitted;
 use crate::tls::reason::Reason;
@@ -24,9 +26,13 @@ pub(super) async fn serve(accepted: Accepted, listener: Arc<Outbound>, shared: A
         let carries = listener.state.load().protocol.into();
         Connection::open(&shared, Direction::Outbound, carries, &listener.name, accepted.client)
     };
-    let state = listener.state.load_full();
     let entry = Arc::clone(connection.entry());
     let plain = accepted.io;
+    let (state, _) = tokio::select! {
+        biased;
+        held = hold::usable(&listener.state, accepted.at, &shared.published) => held,
+        _ = entry.until_stopped() => return plain.abort(),
+    };
     let sniffing = Box::pin(carried(&mut connection, plain, &state, &shared));
     let carried = tokio::select! {
         biased;
@@ -94,8 +100,8 @@ async fn open(
         };
         for address in addresses {
             connection.upstream = Some(format!("{} ({address})", host.as_str()));
-            let stream = match upstream::connect(address, state.connect_timeout).await {
-                Ok(stream) => stream,
+            let dialled = match state.dialer.upstream(address, state.connect_timeout).await {
+                Ok(dialled) => dialled,
                 Err(error) => {
                     connection.end(Cause::Unreachable, format!("{address}: {error}"));
                     continue;
@@ -103,7 +109,7 @@ async fn open(
             };
             let deadline = Instant::now() + state.profile.handshake_timeout;
             let (record, authenticated) = client::connect(
-                ReadAhead::new(stream),
+                ReadAhead::new(dialled.stream),
                 host.server_name(),
                 Arc::clone(&tls),
                 Offer::Nothing,
@@ -143,7 +149,7 @@ fn admit(
     connection.decided(Direction::Outbound, admitted.decision());
     let now = listener.state.load();
     if !Arc::ptr_eq(&now, state)
-        && let Some(cause) = now.rejudge(connection.entry(), &peer, &shared.clock)
+        && let Some(cause) = now.rejudge(connection.entry(), &Known::Peer(peer.clone()), &shared.clock)
     {
         connection.end(cause, "changed during the handshake");
         return None;

@@ -229,6 +229,8 @@ impl Http {
     pub(super) fn event(&self, direction: Direction, event: Event) {
         match event {
             Event::Detected(result) => self.detected.with_label_values(&[direction.as_str(), result]).inc(),
+            // No request, and counted beside them.
+            Event::Plaintext(_) => {}
             Event::Retried => self.retried.inc(),
             Event::RetryRefused => self.retry_refused.inc(),
             Event::Ejected => self.ejected.inc(),
