@@ -9,12 +9,16 @@
 //!
 //! In: what the config declares to be captured, as a [`Plan`]. Out: rules in the network namespace of the calling thread, or
 //! what is wrong with those that are there; and the original destination of a connection. All that concerns rules blocks,
-//! for milliseconds, and takes CAP_NET_ADMIN, reading too: the kernel shows nf_tables to nobody else.
+//! for milliseconds, and takes CAP_NET_ADMIN, reading too: the kernel shows nf_tables to nobody else. Whether they do what
+//! they should is tried from outside ([`verify`]) and watched from inside ([`Watch`]).
 //!
 //! Rules live in one table of our own (`inet portcullis`), or in chains of our own (`PORTCULLIS_*`) with iptables; nothing
 //! else is touched. They are replaced in one transaction: connections that are open stay as they are.
 
+mod addresses;
+mod arrivals;
 mod chains;
+mod changes;
 pub mod declared;
 mod expressions;
 mod iptables;
@@ -28,12 +32,16 @@ mod original;
 pub mod plan;
 mod routing;
 mod rules;
+pub mod verify;
+mod watch;
 
 use rustix::io::Errno;
 
+pub use arrivals::Arrivals;
 pub use netns::in_netns;
 pub use original::original_destination;
 pub use plan::{InboundCapture, InboundMode, OutboundCapture, Plan, ProxyOwner, Udp, WORKLOAD_TOS};
+pub use watch::{Finding, Seen, Watch};
 
 use netlink::Failed;
 

@@ -27,18 +27,22 @@ impl Kept {
 /// What a proxy with this config goes on needing. CAP_NET_BIND_SERVICE stays where a declared port asks for it, although the
 /// listeners are bound by then: a reload may close such a port and open it again.
 pub(super) fn needed(config: &Config, unprivileged_from: u16) -> CapabilitySet {
-    let outbound = config.outbound.iter().filter_map(|outbound| match Target::parse(&outbound.listen) {
+    let outbound = config.outbound.iter().filter_map(|outbound| match Target::parse(outbound.listen.as_deref()?) {
         Ok(Target::Tcp { port, .. }) => Some(port),
         _ => None,
     });
-    let inbound = config.inbound.iter().map(|inbound| inbound.listen.port());
+    let inbound = config.inbound.iter().filter_map(|inbound| inbound.listen).map(|listen| listen.port());
     let mut ports = inbound.chain(outbound).chain([config.admin.listen.port()]);
+    let mut needed = CapabilitySet::empty();
     // Port 0 is the kernel's choice.
     if ports.any(|port| port != 0 && port < unprivileged_from) {
-        CapabilitySet::NET_BIND_SERVICE
-    } else {
-        CapabilitySet::empty()
+        needed |= CapabilitySet::NET_BIND_SERVICE;
     }
+    // Without it, which it need not be given, the watch cannot read the rules.
+    if config.intercept.is_some() {
+        needed |= CapabilitySet::NET_ADMIN;
+    }
+    needed
 }
 
 /// From which port on anybody may bind (ip(7), `ip_unprivileged_port_start`). Containers often have 0 here.

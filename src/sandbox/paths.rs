@@ -200,7 +200,7 @@ fn named(config: &Config) -> Vec<Named> {
         add("identity.workload_api".into(), &socket, Use::Connect);
     }
     for inbound in &config.inbound {
-        if let Ok(Target::Unix(socket)) = Target::parse(&inbound.to) {
+        if let Some(Ok(Target::Unix(socket))) = inbound.to.as_deref().map(Target::parse) {
             add(format!("inbound '{}', to", inbound.name), &socket, Use::Connect);
         }
         if let Some(rego) = &inbound.http.rego {
@@ -210,7 +210,7 @@ fn named(config: &Config) -> Vec<Named> {
         }
     }
     for outbound in &config.outbound {
-        if let Ok(Target::Unix(socket)) = Target::parse(&outbound.listen) {
+        if let Some(Ok(Target::Unix(socket))) = outbound.listen.as_deref().map(Target::parse) {
             add(format!("outbound '{}', listen", outbound.name), &socket, Use::Bind);
         }
     }

@@ -159,8 +159,8 @@ fn a_reload_within_is_covered_and_one_beyond_is_named() {
     let rego = moved.inbound[0].http.rego.as_mut().unwrap();
     rego.module = place.at("rego/b.rego");
     rego.shadow = Some(place.at("certs/c.rego"));
-    moved.outbound[0].listen = format!("unix://{}", place.at("run/c.sock").display());
-    moved.inbound[0].to = format!("unix://{}", place.at("state/other.sock").display());
+    moved.outbound[0].listen = Some(format!("unix://{}", place.at("run/c.sock").display()));
+    moved.inbound[0].to = Some(format!("unix://{}", place.at("state/other.sock").display()));
     grants.cover(&moved).unwrap();
 
     let refused = |change: &dyn Fn(&mut Config)| {
@@ -171,7 +171,7 @@ fn a_reload_within_is_covered_and_one_beyond_is_named() {
     let rego = refused(&|config| config.inbound[0].http.rego.as_mut().unwrap().module = place.at("state/a.rego"));
     assert!(rego.starts_with("inbound 'a', http.rego: ") && rego.contains("restart"), "{rego}");
     // To read is not to bind, and the other way round.
-    let bind = refused(&|c| c.outbound[0].listen = format!("unix://{}", place.at("certs/b.sock").display()));
+    let bind = refused(&|c| c.outbound[0].listen = Some(format!("unix://{}", place.at("certs/b.sock").display())));
     assert!(bind.starts_with("outbound 'b', listen: "), "{bind}");
     let read = refused(&|c| c.inbound[0].http.rego.as_mut().unwrap().module = place.at("run/a.rego"));
     assert!(read.contains("run/a.rego"), "{read}");
