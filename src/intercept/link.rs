@@ -10,6 +10,7 @@ use rustix::net::{AddressFamily, SocketType};
 use super::netlink::{ACK, Attributes, CREATE, EXCLUSIVE, Netlink, Request};
 
 const NEWLINK: u16 = 16;
+const DELLINK: u16 = 17;
 const NEWADDR: u16 = 20;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MASTER: u16 = 10;
@@ -71,6 +72,11 @@ pub(crate) fn address(name: &str, address: IpAddr, prefix: u8) -> Result<(), Err
     let family = u8::try_from(family.as_raw()).unwrap_or_default();
     let attributes = Attributes::default().bytes(IFA_LOCAL, &bytes).bytes(IFA_ADDRESS, &bytes);
     transact(NEWADDR, CREATE | EXCLUSIVE, &[family, prefix, NODAD, 0, a, b, c, d], &attributes)
+}
+
+/// Removes an interface, and with it its peer.
+pub(super) fn remove(name: &str) -> Result<(), Errno> {
+    transact(DELLINK, 0, &[0; LINK_HEADER], &Attributes::default().text(IFLA_IFNAME, name))
 }
 
 fn index(name: &str) -> Result<u32, Errno> {
