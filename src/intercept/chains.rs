@@ -109,6 +109,10 @@ fn prerouting_nat(inbound: &InboundCapture) -> Option<Chain> {
 /// would reset the connection. Transparent capture is here too, because the destination must still be the original one.
 fn prerouting(plan: &Plan, inbound: &InboundCapture) -> Chain {
     let mut rules = to_us_by_tcp(inbound);
+    if inbound.mode == InboundMode::Redirect {
+        // Nearly all packets leave the chain here, before the lists.
+        rules.insert(1, rule([Match::State(state::ESTABLISHED | state::NEW)], Action::Return, "conntrack knows it"));
+    }
     rules.push(rule([Match::State(state::INVALID | state::UNTRACKED)], Action::Drop, "cannot be captured"));
     if let InboundMode::Tproxy { .. } = inbound.mode {
         // Answers to connections that were opened from here.
@@ -166,6 +170,15 @@ fn output(plan: &Plan) -> Option<Chain> {
     }
     for port in ports.into_iter().flatten() {
         rules.extend(half_closed(plan, port));
+    }
+    // Its own legs are not rewritten. But the next segment of one that conntrack has forgotten is to it the first of a
+    // new connection, which is captured: what the workload says on the inbound leg, or a server on the outbound one.
+    for owner in owners(plan) {
+        rules.extend(Family::BOTH.map(|family| Rule {
+            matches: vec![Match::Family(family), Match::Protocol(TCP), owner, Match::State(state::NEW)],
+            actions: vec![Action::Timeout(Timeout::new(family, plan.half_closed).name)],
+            comment: "how long it may be half closed",
+        }));
     }
     if let Some(outbound) = &plan.outbound
         && (captures_tcp.is_some() || plan.udp != Udp::Allow)

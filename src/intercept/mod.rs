@@ -162,6 +162,18 @@ pub fn standing(plan: &Plan) -> Result<Standing, Error> {
         Err(errno) if !unsupported(errno) => return Err(Error::kernel("reading our table of nf_tables", errno)),
         Ok(None) | Err(_) => iptables::differences(&ruleset)?,
     };
+    judged(&ruleset, found)
+}
+
+/// The same without another program: rules that were made with iptables are not seen, and count as missing. A proxy that
+/// has locked itself in would be ended for starting one.
+fn standing_in_nftables(plan: &Plan) -> Result<Standing, Error> {
+    let ruleset = chains::ruleset(plan);
+    let found = nftables::differences(&ruleset);
+    judged(&ruleset, found.map_err(|errno| Error::kernel("reading our table of nf_tables", errno))?)
+}
+
+fn judged(ruleset: &rules::Ruleset, found: Option<Vec<String>>) -> Result<Standing, Error> {
     let Some(mut differences) = found else { return Ok(Standing::Missing) };
     let routing = routing::differences(ruleset.routing);
     differences.extend(routing.map_err(|errno| Error::kernel("reading the routing rules", errno))?);

@@ -21,7 +21,7 @@ use super::addresses;
 use super::arrivals::Arrivals;
 use super::changes::Changes;
 use super::plan::{InboundCapture, Plan, ProxyOwner};
-use super::{Standing, standing};
+use super::{Standing, standing_in_nftables};
 
 /// How long a probe may be on its way. It never leaves this host.
 const PROBE: Duration = Duration::from_millis(500);
@@ -29,6 +29,8 @@ const PROBE: Duration = Duration::from_millis(500);
 const READ: Duration = Duration::from_secs(10);
 /// One rule that is changed is often followed by others.
 const SETTLE: Duration = Duration::from_millis(100);
+/// What is found where nf_tables has no table of ours.
+const MISSING: &str = "the rules are missing";
 /// How often a port is drawn that is not to be one of some.
 const DRAWS: usize = 64;
 
@@ -141,6 +143,15 @@ impl Watch {
                 (unknown.clone(), unknown)
             }
         };
+        let held =
+            [&own_address_ipv4, &own_address_ipv6].into_iter().any(|finding| matches!(finding, Finding::Holds(_)));
+        let rules = match rules {
+            // They work, so they are there.
+            Finding::Broken(what) if what == MISSING && held => Finding::NotChecked(
+                "the rules are not in nf_tables; those of iptables cannot be read by the proxy".into(),
+            ),
+            rules => rules,
+        };
         Seen { rules, owner: owner(&plan.proxy), own_address_ipv4, own_address_ipv6 }
     }
 
@@ -243,9 +254,9 @@ enum Landed {
 }
 
 fn read(plan: &Plan) -> Finding {
-    match standing(plan) {
+    match standing_in_nftables(plan) {
         Ok(Standing::Whole) => Finding::Holds("the kernel has all rules".into()),
-        Ok(Standing::Missing) => Finding::Broken("the rules are missing".into()),
+        Ok(Standing::Missing) => Finding::Broken(MISSING.into()),
         Ok(Standing::Differs(what)) => Finding::Broken(format!("the rules differ: {}", what.join("; "))),
         Err(why) => Finding::NotChecked(format!("the rules cannot be read: {why}")),
     }

@@ -7,6 +7,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use crate::config::Config;
 use crate::config::address::Target;
+use crate::config::schema::InboundMode;
 
 /// Below this port one needs CAP_NET_BIND_SERVICE, where the kernel does not say otherwise.
 const PRIVILEGED_BELOW: u16 = 1024;
@@ -31,18 +32,26 @@ pub(super) fn needed(config: &Config, unprivileged_from: u16) -> CapabilitySet {
         Ok(Target::Tcp { port, .. }) => Some(port),
         _ => None,
     });
-    let inbound = config.inbound.iter().filter_map(|inbound| inbound.listen).map(|listen| listen.port());
+    let inbound = config.inbound.iter().filter_map(|inbound| Some(inbound.listen?.port()));
     let mut ports = inbound.chain(outbound).chain([config.admin.listen.port()]);
     let mut needed = CapabilitySet::empty();
     // Port 0 is the kernel's choice.
     if ports.any(|port| port != 0 && port < unprivileged_from) {
         needed |= CapabilitySet::NET_BIND_SERVICE;
     }
-    // Without it, which it need not be given, the watch cannot read the rules.
-    if config.intercept.is_some() {
-        needed |= CapabilitySet::NET_ADMIN;
+    if marks_sockets(config) {
+        // Before Linux 5.17 a mark needs the first; either will do for IP_TRANSPARENT (socket(7), ip(7)).
+        needed |= CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW;
     }
     needed
+}
+
+/// Whether sockets of the proxy are transparent or carry a mark.
+fn marks_sockets(config: &Config) -> bool {
+    config.intercept.as_ref().is_some_and(|intercept| {
+        let transparent = intercept.inbound.as_ref().is_some_and(|inbound| inbound.mode == InboundMode::Tproxy);
+        transparent || intercept.proxy.mark.is_some()
+    })
 }
 
 /// From which port on anybody may bind (ip(7), `ip_unprivileged_port_start`). Containers often have 0 here.
@@ -116,8 +125,14 @@ mod tests {
         config(&format!("outbound: [{{name: a, listen: '{listen}', to: 'a:1', expect: 'spiffe://td/a'}}]"))
     }
 
+    fn captured(mode: &str) -> Config {
+        config(&format!(
+            "intercept: {{inbound: {{{mode}}}}}\ninbound: [{{name: a, capture: [80], allow: ['spiffe://td']}}]"
+        ))
+    }
+
     #[test]
-    fn only_a_low_port_needs_a_capability() {
+    fn only_low_ports_and_transparent_sockets_need_capabilities() {
         let low = CapabilitySet::NET_BIND_SERVICE;
         for (config, unprivileged_from, expected) in [
             (inbound("0.0.0.0:8443"), 1024, CapabilitySet::empty()),
@@ -127,6 +142,8 @@ mod tests {
             (inbound("0.0.0.0:0"), 1024, CapabilitySet::empty()),
             (outbound("127.0.0.1:25"), 1024, low),
             (outbound("unix:///run/a.sock"), 1024, CapabilitySet::empty()),
+            (captured("mode: redirect"), 1024, CapabilitySet::empty()),
+            (captured("mode: tproxy"), 1024, CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW),
             (
                 config(
                     "outbound: [{name: a, listen: '127.0.0.1:2000', to: 'a:1', expect: 'spiffe://td/a'}]\nadmin: {listen: '127.0.0.1:99'}",

@@ -150,6 +150,11 @@ impl Proxy {
         Self::launch(dir, name, config, Some(place.clone()), command, |_| ()).await
     }
 
+    /// One that was started by other means.
+    pub fn adopted(running: Running, admin: SocketAddr, config: PathBuf) -> Self {
+        Self { running, admin, config, namespace: None }
+    }
+
     async fn launch(
         dir: &Path,
         name: &str,

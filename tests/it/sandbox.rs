@@ -262,7 +262,7 @@ async fn where_low_ports_are_free_for_all_a_reload_adds_one_without_a_capability
     std::fs::write(&config, &first).unwrap();
     let mut running = Running::start(within(program()).arg("run").arg("--config").arg(&config));
     let admin = running.line("the admin address", |line| field(line, "admin")?.parse().ok()).await;
-    let mut proxy = Proxy { running, admin, config };
+    let mut proxy = Proxy::adopted(running, admin, config);
     assert_eq!(capabilities(&status(format!("/proc/{}/status", pid(&proxy))), "CapEff"), 0);
     proxy.reload(&format!("{first}{}", listener(443)));
     proxy.logged(&["config reloaded"]).await;
@@ -287,7 +287,7 @@ async fn another_process_sees_who_we_are_and_not_what_we_hold() {
     command.arg("run").arg("--config").arg(at("a.yaml")).uid(4321).gid(4321);
     let mut running = Running::start(&mut command);
     let admin = running.line("the admin address", |line| field(line, "admin")?.parse().ok()).await;
-    let proxy = Proxy { running, admin, config: at("a.yaml") };
+    let proxy = Proxy::adopted(running, admin, at("a.yaml"));
     proxy.ready().await;
     assert!(at("state/of/ours/authority.json").exists(), "the directory was made before the walls stood");
 
@@ -429,7 +429,7 @@ async fn names_are_resolved_within_it() {
     command.args(["--mount", "sh", "-c", script, "sh"]).arg(at("resolv.conf")).arg(program()).arg(at("client.yaml"));
     let mut running = Running::start(&mut command);
     let admin = running.line("the admin address", |line| field(line, "admin")?.parse().ok()).await;
-    let client = Proxy { running, admin, config: at("client.yaml") };
+    let client = Proxy::adopted(running, admin, at("client.yaml"));
     client.ready().await;
     let mut stream = tokio::net::TcpStream::connect(client.address("out").await).await.unwrap();
     exchange(&mut stream, b"by name").await.unwrap();
