@@ -66,6 +66,9 @@ impl Sandbox {
             return Ok(Self::off());
         }
         let grants = Grants::of(config, file);
+        // Asked for with every scrape. It is read once, by means that are out of reach afterwards for any user but root,
+        // and the library that reads it panics without them.
+        let _ = rustix::param::page_size();
         let mut sandbox = Self { report: Report::begin(mode), warnings: grants.notes.clone(), ..Self::off() };
         sandbox.report.no_new_privs = Part::of(rustix::thread::set_no_new_privs(true).map_err(|e| e.to_string()));
         sandbox.report.core_dumps = Part::of(no_core_dumps());
