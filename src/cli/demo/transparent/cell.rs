@@ -27,7 +27,7 @@ pub(in super::super) const INSIDE: &str = "--inside";
 /// This program, wherever it lies and whoever may look there.
 pub(super) fn program() -> Command {
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("portcullis").current_dir("/").env_remove("SPIFFE_ENDPOINT_SOCKET").env_remove("PORTCULLIS_CONFIG");
+    command.arg0("portcullis").env_remove("SPIFFE_ENDPOINT_SOCKET").env_remove("PORTCULLIS_CONFIG");
     command
 }
 

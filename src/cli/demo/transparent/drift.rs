@@ -11,10 +11,17 @@ use super::super::screen::Tone;
 use super::super::story::ready;
 use super::super::summary::HANDSHAKES;
 use super::promised::Shown;
-use super::stage::PORT;
+use super::stage::{PORT, Sidecar};
 use super::story::{ALLOWED, Counted, NEVER, Story, url};
 
-const DRIFT: &str = "portcullis_drift{kind=\"interception\"}";
+const DRIFT: &str = "portcullis_drift";
+/// As it stands in the metrics.
+const SERIES: &str = "portcullis_drift{kind=\"interception\"}";
+
+/// Whether the metric says that the interception has drifted.
+async fn drifted(sidecar: &Sidecar) -> bool {
+    sidecar.metrics().await.count(DRIFT, &[("kind", "interception")]) == 1
+}
 
 /// What a sidecar says of a drift of its interception that stands.
 fn evidence(state: &Value) -> Option<String> {
@@ -34,10 +41,11 @@ impl Story<'_, '_> {
         let removed = Instant::now();
         let noticed = async || {
             let state = frontend.state().await;
-            evidence(&state).filter(|_| ready(&state).is_none())
+            let evidence = evidence(&state).filter(|_| ready(&state).is_none())?;
+            drifted(frontend).await.then_some(evidence)
         };
         let noticed = self.telling.until(noticed).await?;
-        let what = format!("/frontend after {:.1} s, and is not ready: {DRIFT} 1", removed.elapsed().as_secs_f64());
+        let what = format!("/frontend after {:.1} s: not ready; {SERIES} 1", removed.elapsed().as_secs_f64());
         self.telling.seen(Shown::Drift, noticed.is_some(), "noticed", &what)?;
         if let Some(evidence) = noticed {
             self.telling.screen.more(&format!("{evidence:.78}"))?;
@@ -57,12 +65,12 @@ impl Story<'_, '_> {
         self.telling.screen.tell(Tone::Good, "healed", &format!("portcullis redirect apply: {said}"))?;
         let over = async || {
             let state = frontend.state().await;
-            (evidence(&state).is_none() && ready(&state).is_some()).then_some(())
+            (evidence(&state).is_none() && ready(&state).is_some() && !drifted(frontend).await).then_some(())
         };
         let over = self.telling.until(over).await?.is_some();
         let url = url(address, ALLOWED);
         let answered = over && self.ask(&frontend.pod, &url).await.body().is_some();
-        self.telling.seen(Shown::Healed, answered, "answer", &format!("{:<45} 200; {DRIFT} 0", format!("curl {url}")))
+        self.telling.seen(Shown::Healed, answered, "answer", &format!("{:<45} 200; {SERIES} 0", format!("curl {url}")))
     }
 }
 

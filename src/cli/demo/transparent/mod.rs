@@ -24,6 +24,7 @@ use tokio::runtime::Builder;
 use self::curl::Curl;
 use self::stage::Stage;
 use self::story::Story;
+use self::tap::Passed;
 use super::ledger::Ledger;
 use super::screen::{Screen, Style};
 use super::telling::Telling;
@@ -90,6 +91,7 @@ async fn tell(
         stage: Arc::new(stage),
         curl,
         log,
+        at_first: Passed::default(),
         traffic: None,
     };
     story.tell().await.map_err(unread)?;

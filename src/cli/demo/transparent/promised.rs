@@ -28,5 +28,6 @@ promises! {
     ShutAgain = "with its proxy killed curl is refused";
     ShutBehind = "with the service's proxy killed somebody without proxy is refused";
     NothingAfter = "and neither the workload nor the wire sees any of it, as before";
+    NoAnswer = "no answer of the service is in clear on the wire once there are rules";
     ReadBack = "the sidecars' own metrics tell the same";
 }

@@ -66,7 +66,7 @@ impl Sidecar {
 
     async fn redirect(&self, arguments: &[&str], config: Option<&Path>) -> Result<String, String> {
         let mut command = cell::program();
-        command.arg("redirect").args(arguments).args(config).stdin(Stdio::null());
+        command.arg("redirect").args(arguments).args(config).current_dir("/").stdin(Stdio::null());
         let output = self.pod.run(move || command.output()).await.map_err(|error| error.to_string())?;
         let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
         if output.status.success() { Ok(said(&output.stdout)) } else { Err(said(&output.stderr)) }
@@ -77,7 +77,7 @@ impl Sidecar {
         let why = |error: io::Error| format!("the proxy of {} cannot be started: {error}", self.pod.name);
         let log = log.map_or_else(|| File::create(&self.log), File::try_clone).map_err(why)?;
         let mut command = cell::program();
-        command.args(["run", "--config"]).arg(&self.config).uid(PROXY).gid(self.gid);
+        command.args(["run", "--config"]).arg(&self.config).current_dir("/").uid(PROXY).gid(self.gid);
         // A signal from the terminal is for the demo, which decides what becomes of its proxies.
         command.process_group(0);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);

@@ -32,6 +32,8 @@ pub(super) struct Story<'s, 'out> {
     pub(super) curl: Curl,
     /// Where the proxies log, if somebody wants to read it.
     pub(super) log: Option<File>,
+    /// What had passed before there were rules.
+    pub(super) at_first: Passed,
     /// The traffic, while there is some.
     pub(super) traffic: Option<Traffic>,
 }
@@ -78,7 +80,7 @@ impl Story<'_, '_> {
         self.telling.rest_until(0.85).await?;
         self.killed().await?;
         self.telling.rest_until(1.0).await?;
-        let passed = self.passed().await?;
+        let passed = self.passed().await? - self.at_first;
         summary::show(&mut self.telling, &sides, passed)
     }
 
@@ -105,11 +107,12 @@ impl Story<'_, '_> {
         ] {
             self.pod(&sidecar.pod, &what)?;
         }
-        self.pod(&stage.wire.0, "somebody on the wire, and will have neither rules nor a proxy")?;
+        self.pod(&stage.wire.0, "anybody on the wire, without rules or proxy")?;
         let url = url(stage.records.pod.at(PORT)[0], IN_CLEAR);
         let got = self.ask(&stage.frontend.pod, &url).await;
         let passed = self.passed().await?;
         self.telling.screen.tell(Tone::Plain, "answer", &format!("{:<45} {}", format!("curl {url}"), status(&got)))?;
+        self.at_first = passed;
         let read = got.body().is_some() && passed.requests > 0 && passed.answers > 0;
         let what = format!("in clear: GET {IN_CLEAR} HTTP/1.1, and the answer; the service knows nobody");
         self.telling.seen(Shown::InClear, read, "the wire", &what)
