@@ -70,6 +70,9 @@ impl Sandbox {
         // Read once, at the first question, from prctl(2) or `/proc/self/auxv`: both are out of reach from within.
         let _ = rustix::param::page_size();
         let grants = Grants::of(config, file);
+        // Asked for with every scrape. It is read once, by means that are out of reach afterwards for any user but root,
+        // and the library that reads it panics without them.
+        let _ = rustix::param::page_size();
         let mut sandbox = Self { report: Report::begin(mode), warnings: grants.notes.clone(), ..Self::off() };
         sandbox.report.no_new_privs = Part::of(rustix::thread::set_no_new_privs(true).map_err(|e| e.to_string()));
         sandbox.report.core_dumps = Part::of(no_core_dumps());

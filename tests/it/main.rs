@@ -30,6 +30,7 @@ mod bypass;
 mod captured;
 mod cli;
 mod demo;
+mod demo_transparent;
 #[cfg(feature = "ebpf")]
 mod ebpf;
 mod envoy;
