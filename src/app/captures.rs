@@ -3,16 +3,25 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use super::{ApplyError, House};
 use crate::config::Config;
-use crate::config::schema::InboundMode;
-use crate::proxy::capture::{InboundCapture, OutboundCapture, OwnPorts};
+use crate::config::intercept;
+use crate::config::schema::{Connections, InboundMode};
+use crate::policy::Passage;
+use crate::proxy::capture::{InboundCapture, OutboundCapture, OwnPorts, Terms};
 use crate::proxy::inherited::Inherited;
 use crate::proxy::listener::{Address, Listener, Shared};
+use crate::proxy::passthrough::{Passed, Passing};
+use crate::proxy::record::Cause;
+use crate::proxy::registry::Entry;
+
+/// How long the destination of a connection that no listener takes may take to accept.
+const DIAL: Duration = Duration::from_secs(3);
 
 /// What captures, in one direction or both.
 #[derive(Debug, Default)]
@@ -92,6 +101,14 @@ impl Captures {
                 _ => {}
             }
         }
+        if let Some(capture) = &self.outbound {
+            traffic.spawn(Arc::clone(capture).follow_names(self.stop.subscribe()));
+        }
+    }
+
+    /// Whether a live connection that passes through would still do so; the cause if not.
+    pub(super) fn rejudge(&self, entry: &Entry, passed: &Passed) -> Option<Cause> {
+        self.outbound.as_ref().and_then(|capture| capture.rejudge(entry, passed))
     }
 
     /// What tells the captures to stop.
@@ -114,7 +131,41 @@ impl House {
                 let running = self.outbound.get(&declared.name)?;
                 Some((declared.capture.clone()?, Arc::clone(&running.listener)))
             });
-            capture.declare(listeners.collect());
+            let terms = Terms {
+                unmatched: Arc::new(self.passing(
+                    Passage::of_unmatched(self.outbound_capture().unmatched),
+                    false,
+                    self.config.connections.clone(),
+                    DIAL,
+                )),
+                detect: Arc::new(self.config.detect.clone()),
+                max_header_bytes: self.config.http.max_header_bytes,
+            };
+            capture.declare(listeners.collect(), terms);
+        }
+    }
+
+    /// What is declared for outbound traffic as a whole.
+    fn outbound_capture(&self) -> intercept::OutboundCapture {
+        self.config.intercept.as_ref().and_then(|intercept| intercept.outbound.clone()).unwrap_or_default()
+    }
+
+    /// How something passes through.
+    pub(super) fn passing(
+        &self,
+        passage: Passage,
+        legacy_tls12: bool,
+        limits: Connections,
+        connect_timeout: Duration,
+    ) -> Passing {
+        Passing {
+            passage,
+            watch: self.outbound_capture().watch,
+            profile: Arc::clone(&self.profile),
+            legacy_tls12,
+            limits,
+            detect: Arc::new(self.config.detect.clone()),
+            connect_timeout,
         }
     }
 }

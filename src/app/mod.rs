@@ -29,7 +29,7 @@ use crate::policy::Policy;
 use crate::proxy::inherited::Inherited;
 use crate::proxy::listener::{Address, Inbound, Listener, Outbound, Shared};
 use crate::proxy::record::{Cause, Observer};
-use crate::proxy::registry::Registry;
+use crate::proxy::registry::{Known, Registry};
 use crate::proxy::trace::Sampler;
 use crate::proxy::upstream::{HostPort, Target};
 use crate::tls::record::Direction;
@@ -365,8 +365,9 @@ impl Proxy {
             }
         }
         let mut requests = 0;
-        let ended = self.shared.registry.rejudge(|entry, peer| match entry.direction {
-            Direction::Inbound => match house.inbound.get(&*entry.listener) {
+        let ended = self.shared.registry.rejudge(|entry, known| match (entry.direction, known) {
+            (_, Known::Passing(passed)) => house.captures.rejudge(entry, passed),
+            (Direction::Inbound, Known::Peer(peer)) => match house.inbound.get(&*entry.listener) {
                 Some(running) => {
                     let state = running.listener.state.load();
                     let cause = state.rejudge(entry, peer, &self.shared.clock);
@@ -377,7 +378,7 @@ impl Proxy {
                 }
                 None => Some(Cause::Drained),
             },
-            Direction::Outbound => match house.outbound.get(&*entry.listener) {
+            (Direction::Outbound, Known::Peer(peer)) => match house.outbound.get(&*entry.listener) {
                 Some(running) => running.listener.state.load().rejudge(entry, peer, &self.shared.clock),
                 None => Some(Cause::Drained),
             },

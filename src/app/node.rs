@@ -65,8 +65,8 @@ impl Observer for Sight {
             access::connection(record);
         }
     }
-    fn event(&self, direction: Direction, _listener: &Arc<str>, event: Event) {
-        self.metrics.event(direction, event);
+    fn event(&self, direction: Direction, listener: &Arc<str>, event: Event) {
+        self.metrics.event(direction, listener, event);
     }
     fn request_begun(&self, direction: Direction) {
         self.metrics.request_begun(direction);

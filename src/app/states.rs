@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use super::House;
 use crate::config::address;
-use crate::config::schema::{self, Protocol};
+use crate::config::schema::{self, Passthrough, Protocol};
 use crate::identity::Identity;
-use crate::policy::Expected;
+use crate::policy::{Expected, Passage};
 use crate::proxy::http::{ByAddress, Mesh, Pool, Pools};
 use crate::proxy::listener::Shared;
 use crate::proxy::state::{InboundState, OutboundState};
@@ -113,9 +113,15 @@ impl House {
                 Pools::One(Pool::mesh(shared, name, mesh(hosts()?), declared.http.clone()))
             }
         };
+        let passing = (declared.passthrough != Passthrough::Off).then(|| {
+            let passage = Passage::of_listener(name, declared.passthrough);
+            Arc::new(self.passing(passage, declared.legacy_tls12, limits.clone(), declared.connect_timeout.0))
+        });
         Some(OutboundState {
             to: hosts()?,
             expected,
+            passing,
+            hosts: declared.capture.iter().flat_map(|capture| &capture.http_hosts).cloned().collect(),
             limits,
             protocol: declared.protocol,
             server_first: self.server_first(ports),

@@ -12,12 +12,22 @@ use std::time::Instant;
 use atomic_waker::AtomicWaker;
 
 use super::http::live::Requests;
+use super::passthrough::Passed;
 use super::record::Cause;
 use crate::identity::SpiffeId;
 use crate::tls::Peer;
 use crate::tls::record::Direction;
 
 const SHARDS: usize = 16;
+
+/// What is known of who is at the other end.
+#[derive(Clone, Debug)]
+pub enum Known {
+    /// It has proven who it is.
+    Peer(Arc<Peer>),
+    /// It passes through to where it was for, which proves nothing to us.
+    Passing(Arc<Passed>),
+}
 
 /// One open connection.
 #[derive(Debug)]
@@ -31,7 +41,7 @@ pub struct Entry {
     pub client: super::listener::Client,
     /// When.
     pub opened: Instant,
-    peer: OnceLock<Arc<Peer>>,
+    known: OnceLock<Known>,
     /// 0, or one more than the index of the cause in [`Cause::ALL`].
     stop: AtomicU8,
     /// Whether it is to end as soon as what is under way on it has ended.
@@ -45,7 +55,10 @@ pub struct Entry {
 impl Entry {
     /// The proven peer, once there is one.
     pub fn peer(&self) -> Option<&Arc<Peer>> {
-        self.peer.get()
+        match self.known.get()? {
+            Known::Peer(peer) => Some(peer),
+            Known::Passing(_) => None,
+        }
     }
 
     /// Tells the connection to end. The first cause stays.
@@ -160,7 +173,7 @@ impl Registry {
             listener,
             client,
             opened: Instant::now(),
-            peer: OnceLock::new(),
+            known: OnceLock::new(),
             stop: AtomicU8::new(0),
             draining: AtomicBool::new(self.draining.load(Ordering::SeqCst)),
             http: AtomicBool::new(false),
@@ -212,12 +225,12 @@ impl Registry {
         }
     }
 
-    /// Judges every open connection whose peer is known, and tells those to end for which `judge` gives a cause.
-    /// Answers how many those were.
-    pub fn rejudge(&self, mut judge: impl FnMut(&Entry, &Arc<Peer>) -> Option<Cause>) -> usize {
+    /// Judges every open connection of which it is known who is there, and tells those to end for which `judge` gives a
+    /// cause. Answers how many those were.
+    pub fn rejudge(&self, mut judge: impl FnMut(&Entry, &Known) -> Option<Cause>) -> usize {
         let mut ended = 0;
         for entry in self.snapshot(usize::MAX) {
-            if let Some(cause) = entry.peer().and_then(|peer| judge(&entry, peer)) {
+            if let Some(cause) = entry.known.get().and_then(|known| judge(&entry, known)) {
                 entry.stop(cause);
                 ended += 1;
             }
@@ -282,10 +295,16 @@ impl Registration {
         if count >= most {
             return Err(TooMany);
         }
-        if self.entry.peer.set(Arc::clone(peer)).is_ok() {
+        if self.entry.known.set(Known::Peer(Arc::clone(peer))).is_ok() {
             per_peer.insert(key, count + 1);
         }
         Ok(())
+    }
+
+    /// Writes down that it passes through.
+    pub fn set_passing(&self, passed: &Arc<Passed>) {
+        // Once it is known who is there, that stays.
+        let _ = self.entry.known.set(Known::Passing(Arc::clone(passed)));
     }
 }
 

@@ -4,6 +4,7 @@
 //! config, or out of a set with a cap of its own (`Places`).
 
 mod http;
+mod passed;
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -16,6 +17,7 @@ use prometheus::{
 };
 
 use self::http::Http;
+use self::passed::Passed;
 use super::places::Places;
 use super::process::{Process, unix_now};
 use super::traces::{self, Traces};
@@ -67,6 +69,7 @@ pub struct Metrics {
     reloaded: Gauge,
     chains: IntCounterVec,
     http: Http,
+    passed: Passed,
     spans: traces::Counts,
     process: Process,
     handshakes_in_progress: IntGaugeVec,
@@ -211,6 +214,7 @@ impl Metrics {
                 &["result"],
             )?,
             http: Http::new(&registry)?,
+            passed: Passed::new(&registry)?,
             spans: traces::Counts::new(&registry)?,
             process: Process::new(&registry)?,
             handshakes_in_progress: gauges(
@@ -346,8 +350,13 @@ impl Metrics {
     }
 
     /// Something happened that is no end of anything.
-    pub fn event(&self, direction: Direction, event: Event) {
-        self.http.event(direction, event);
+    pub fn event(&self, direction: Direction, listener: &str, event: Event) {
+        match event {
+            Event::PassedTls(watched) => self.passed.tls(watched),
+            Event::PassedPlaintext => self.passed.plaintext(listener),
+            Event::OfferedWeak(what) => self.offered_weak.with_label_values(&[direction.as_str(), what]).inc(),
+            event => self.http.event(direction, event),
+        }
     }
 
     /// A connection was accepted.
