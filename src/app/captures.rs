@@ -8,13 +8,15 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use super::{ApplyError, House};
+use super::{ApplyError, House, Proxy};
 use crate::config::Config;
 use crate::config::intercept;
-use crate::config::schema::{Connections, InboundMode};
+use crate::config::schema::{CapturedPorts, Connections, InboundMode, Plaintext};
 use crate::policy::Passage;
 use crate::proxy::capture::{InboundCapture, OutboundCapture, OwnPorts, Terms};
+use crate::proxy::dialer::Dialer;
 use crate::proxy::inherited::Inherited;
+use crate::proxy::ledger;
 use crate::proxy::listener::{Address, Listener, Shared};
 use crate::proxy::passthrough::{Passed, Passing};
 use crate::proxy::record::Cause;
@@ -111,6 +113,11 @@ impl Captures {
         self.outbound.as_ref().and_then(|capture| capture.rejudge(entry, passed))
     }
 
+    #[cfg(test)]
+    pub(super) fn inbound(&self) -> Option<Arc<InboundCapture>> {
+        self.inbound.clone()
+    }
+
     /// What tells the captures to stop.
     pub(super) fn stop(&self) -> watch::Sender<bool> {
         self.stop.clone()
@@ -119,7 +126,10 @@ impl Captures {
 
 impl House {
     /// Tells the captures which listeners take what.
-    pub(super) fn declare_captures(&self) {
+    pub(super) fn declare_captures(&self, shared: &Shared) {
+        let captured = || self.config.inbound.iter().filter_map(|listener| listener.capture.as_ref());
+        let named = captured().flat_map(CapturedPorts::named).copied().collect();
+        shared.ledger.declare(&named, captured().any(|capture| *capture == CapturedPorts::Any));
         if let Some(capture) = &self.captures.inbound {
             capture.declare(self.config.inbound.iter().filter_map(|declared| {
                 let running = self.inbound.get(&declared.name)?;
@@ -136,7 +146,7 @@ impl House {
                     Passage::of_unmatched(self.outbound_capture().unmatched),
                     false,
                     self.config.connections.clone(),
-                    DIAL,
+                    (Dialer::declared(self.config.intercept.as_ref(), false, &shared.dials), DIAL),
                 )),
                 detect: Arc::new(self.config.detect.clone()),
                 max_header_bytes: self.config.http.max_header_bytes,
@@ -156,7 +166,7 @@ impl House {
         passage: Passage,
         legacy_tls12: bool,
         limits: Connections,
-        connect_timeout: Duration,
+        (dialer, connect_timeout): (Dialer, Duration),
     ) -> Passing {
         Passing {
             passage,
@@ -165,8 +175,24 @@ impl House {
             legacy_tls12,
             limits,
             detect: Arc::new(self.config.detect.clone()),
+            dialer,
             connect_timeout,
         }
+    }
+}
+
+impl Proxy {
+    /// Who speaks plaintext to captured ports, and where plaintext could be refused.
+    pub fn plaintext(&self) -> Vec<ledger::Port> {
+        let listeners = self.house().config.inbound.clone();
+        let taking = |takes: &dyn Fn(&CapturedPorts) -> bool| {
+            let found = listeners.iter().find(|listener| listener.capture.as_ref().is_some_and(takes));
+            found.map(|listener| (listener.name.clone(), listener.plaintext))
+        };
+        self.shared.ledger.report(|port| -> Option<(String, Plaintext)> {
+            let named = port.and_then(|port| taking(&|capture| capture.named().contains(&port)));
+            named.or_else(|| taking(&|capture| *capture == CapturedPorts::Any))
+        })
     }
 }
 

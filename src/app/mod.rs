@@ -27,6 +27,7 @@ use crate::identity::Identity;
 use crate::identity::keeper::Current;
 use crate::policy::Policy;
 use crate::proxy::inherited::Inherited;
+use crate::proxy::ledger::Ledger;
 use crate::proxy::listener::{Address, Inbound, Listener, Outbound, Shared};
 use crate::proxy::record::{Cause, Observer};
 use crate::proxy::registry::{Known, Registry};
@@ -133,6 +134,8 @@ impl Proxy {
         };
         let shared = Arc::new(Shared {
             published: watch::Sender::new(false),
+            dials: Arc::default(),
+            ledger: Ledger::new(clock.clone()),
             observer,
             registry: Arc::new(Registry::default()),
             clock,
@@ -284,7 +287,7 @@ impl Proxy {
             let socket = socket.map(|socket| self.spawn(socket, run));
             house.outbound.insert(name, Running { listener: serving, socket });
         }
-        house.declare_captures();
+        house.declare_captures(&self.shared);
         self.publish(&mut house, identity);
         Ok(())
     }
@@ -367,19 +370,19 @@ impl Proxy {
         let mut requests = 0;
         let ended = self.shared.registry.rejudge(|entry, known| match (entry.direction, known) {
             (_, Known::Passing(passed)) => house.captures.rejudge(entry, passed),
-            (Direction::Inbound, Known::Peer(peer)) => match house.inbound.get(&*entry.listener) {
+            (Direction::Inbound, _) => match house.inbound.get(&*entry.listener) {
                 Some(running) => {
                     let state = running.listener.state.load();
-                    let cause = state.rejudge(entry, peer, &self.shared.clock);
-                    if cause.is_none() {
+                    let cause = state.rejudge(entry, known, &self.shared.clock);
+                    if let (None, Known::Peer(peer)) = (cause, known) {
                         requests += state.rejudge_requests(entry, peer);
                     }
                     cause
                 }
                 None => Some(Cause::Drained),
             },
-            (Direction::Outbound, Known::Peer(peer)) => match house.outbound.get(&*entry.listener) {
-                Some(running) => running.listener.state.load().rejudge(entry, peer, &self.shared.clock),
+            (Direction::Outbound, _) => match house.outbound.get(&*entry.listener) {
+                Some(running) => running.listener.state.load().rejudge(entry, known, &self.shared.clock),
                 None => Some(Cause::Drained),
             },
         });

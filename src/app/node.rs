@@ -21,6 +21,7 @@ use crate::identity::source::Source;
 use crate::policy::Decision;
 use crate::proxy::inherited::Inherited;
 use crate::proxy::record::{Carries, ConnectionRecord, Event, Observer, RequestRecord};
+use crate::sandbox::Sandbox;
 use crate::telemetry::{Metrics, Traces, access};
 use crate::tls::Profile;
 use crate::tls::record::{Direction, HandshakeRecord};
@@ -33,6 +34,7 @@ const LISTED: usize = 1000;
 pub struct Node {
     proxy: Arc<Proxy>,
     sight: Arc<Sight>,
+    sandbox: Arc<Sandbox>,
     readiness: Readiness,
     admin: SocketAddr,
     _tasks: JoinSet<()>,
@@ -86,16 +88,18 @@ impl Observer for Sight {
 }
 
 impl Node {
-    /// Starts everything, on sockets that were `inherited` where there are such. The listeners are bound when this returns; they serve once an identity has come.
+    /// Starts everything, on sockets that were `inherited` where there are such, and seals the `sandbox` before anything can
+    /// be served. The listeners are bound when this returns; they serve once an identity has come.
     ///
     /// # Errors
-    /// An address cannot be bound, or the profile cannot be had; in words.
+    /// An address cannot be bound, the profile cannot be had, or the sandbox that the config requires; in words.
     pub async fn start(
         config: Config,
         source: Box<dyn Source>,
         clock: Clock,
         traffic: Handle,
         mut inherited: Inherited,
+        mut sandbox: Sandbox,
     ) -> Result<Self, String> {
         let readiness = Readiness::default();
         let waiting = readiness.wait_for("identity");
@@ -117,6 +121,9 @@ impl Node {
         let proxy = Proxy::start(config, current.clone(), observer, clock, traffic.clone(), &mut inherited);
         let proxy = proxy.map_err(|error| error.to_string())?;
         inherited.close_rest();
+        // Without an identity, which the keeper is not looking for yet, nothing is served.
+        sandbox.seal()?;
+        let sandbox = Arc::new(sandbox);
         let mut tasks = JoinSet::new();
         tasks.spawn(keeper.run(source));
         tasks.spawn(Arc::clone(&proxy).follow());
@@ -133,15 +140,15 @@ impl Node {
                 })
             },
             state: {
-                let (proxy, readiness) = (Arc::clone(&proxy), readiness.clone());
-                Box::new(move || state(&proxy, &readiness))
+                let (proxy, readiness, sandbox) = (Arc::clone(&proxy), readiness.clone(), Arc::clone(&sandbox));
+                Box::new(move || state(&proxy, &readiness, &sandbox))
             },
             alive: {
                 let pulse = Pulse::new(traffic);
                 Box::new(move || Box::pin(pulse.clone().alive()))
             },
         }));
-        Ok(Self { proxy, sight, readiness, admin, _tasks: tasks })
+        Ok(Self { proxy, sight, sandbox, readiness, admin, _tasks: tasks })
     }
 
     /// The proxy.
@@ -183,6 +190,7 @@ impl Node {
             ("admin", before.admin == config.admin),
             ("intercept", before.intercept == config.intercept),
             ("threads", before.threads == config.threads),
+            ("sandbox", before.sandbox == config.sandbox),
             ("tls.svid_keys", before.tls.svid_keys == config.tls.svid_keys),
             ("telemetry.max_peers", before.telemetry.max_peers == config.telemetry.max_peers),
             ("telemetry.traces", before.telemetry.traces == config.telemetry.traces),
@@ -191,7 +199,9 @@ impl Node {
         let changed: Vec<_> = fixed.iter().filter(|(_, same)| !same).map(|(key, _)| *key).collect();
         let outcome = if changed.is_empty() {
             let access_log = config.telemetry.access_log;
-            self.proxy.apply(config).map(|()| self.sight.access_log.store(access_log, Ordering::Relaxed))
+            let permitted = self.sandbox.permits(&config).map_err(super::ApplyError);
+            let applied = permitted.and_then(|()| self.proxy.apply(config));
+            applied.map(|()| self.sight.access_log.store(access_log, Ordering::Relaxed))
         } else {
             let keys = changed.join(", ");
             Err(super::ApplyError(format!("{keys}: cannot be changed while running; restart to change it")))
@@ -248,7 +258,7 @@ async fn watch_serving(
 }
 
 /// The JSON of `/state`.
-fn state(proxy: &Proxy, readiness: &Readiness) -> Value {
+fn state(proxy: &Proxy, readiness: &Readiness, sandbox: &Sandbox) -> Value {
     let current = proxy.current();
     let profile = proxy.profile();
     let identity = current.identity.as_ref();
@@ -273,6 +283,7 @@ fn state(proxy: &Proxy, readiness: &Readiness) -> Value {
                 "direction": entry.direction,
                 "client": entry.client.to_string(),
                 "peer": entry.peer().map(|peer| peer.id().as_str()),
+                "plaintext": entry.is_unproven(),
                 "peer_not_after": entry.peer().map(|peer| peer.not_after()),
                 "open_seconds": entry.opened.elapsed().as_secs(),
             })
@@ -305,6 +316,8 @@ fn state(proxy: &Proxy, readiness: &Readiness) -> Value {
         },
         "bundles": bundles,
         "listeners": proxy.listeners(),
+        "sandbox": sandbox.report(),
+        "plaintext": proxy.plaintext(),
         "connections": { "open": proxy.registry().len(), "listed": connections },
         "config": proxy.config(),
     })

@@ -4,12 +4,14 @@
 //! its pool empty.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::House;
 use crate::config::address;
 use crate::config::schema::{self, Passthrough, Protocol};
 use crate::identity::Identity;
-use crate::policy::{Expected, Passage};
+use crate::policy::{Expected, Passage, Plaintext};
+use crate::proxy::dialer::Dialer;
 use crate::proxy::http::{ByAddress, Mesh, Pool, Pools};
 use crate::proxy::listener::Shared;
 use crate::proxy::state::{InboundState, OutboundState};
@@ -21,6 +23,12 @@ impl House {
     /// Whether one of these ports is declared as one on which the server speaks first.
     fn server_first(&self, ports: impl IntoIterator<Item = Option<u16>>) -> bool {
         ports.into_iter().flatten().any(|port| self.config.detect.opaque_ports.contains(&port))
+    }
+
+    /// How long connections may wait for an identity: those that are captured, because nobody there knows of readiness.
+    fn hold(&self, captured: bool) -> Duration {
+        let intercept = self.config.intercept.as_ref().filter(|_| captured);
+        intercept.map_or(Duration::ZERO, |intercept| intercept.hold.0)
     }
 
     /// What this inbound listener's connections are served with under `identity`; none if it is not declared.
@@ -42,9 +50,13 @@ impl House {
         let to = declared.to.as_deref().map(Target::parse).transpose().ok()?;
         let mut ports: Vec<Option<u16>> = declared.ports().into_iter().map(Some).collect();
         ports.push(declared.to.as_deref().and_then(port_of));
+        let intercept = self.config.intercept.as_ref();
+        let dialer = Dialer::declared(intercept, !declared.allow_remote_target, &shared.dials);
         Some(InboundState {
             to: to.clone(),
             policy,
+            plaintext: Plaintext::declared(name, declared.plaintext),
+            hold: self.hold(declared.listen.is_none()),
             limits: self.config.connections.with(&declared.connections),
             proxy_protocol: declared.proxy_protocol,
             protocol: declared.protocol,
@@ -54,13 +66,16 @@ impl House {
             http_limits: Arc::new(self.config.http.clone()),
             pools: match (declared.protocol, to) {
                 (Protocol::Tcp, _) => Pools::None,
-                (Protocol::Http | Protocol::Detect, Some(to)) => Pools::One(Pool::workload(shared, name, to)),
+                (Protocol::Http | Protocol::Detect, Some(to)) => {
+                    Pools::One(Pool::workload(shared, name, to, dialer.clone()))
+                }
                 (Protocol::Http | Protocol::Detect, None) => {
-                    let (shared, name) = (Arc::clone(shared), name.to_owned());
-                    let pool = move |to| Pool::workload(&shared, &name, Target::Original(to));
+                    let (shared, name, dialer) = (Arc::clone(shared), name.to_owned(), dialer.clone());
+                    let pool = move |to| Pool::workload(&shared, &name, Target::Original(to), dialer.clone());
                     Pools::ByAddress(ByAddress::new(pool))
                 }
             },
+            dialer,
             profile: Arc::clone(&self.profile),
             slots: Arc::clone(&self.slots),
             trust: self.trust.clone(),
@@ -88,7 +103,9 @@ impl House {
         let mut ports: Vec<Option<u16>> = declared.to.as_slice().iter().map(|to| port_of(to)).collect();
         ports.extend(declared.listen.iter().map(|listen| port_of(listen)));
         ports.extend(declared.capture.iter().flat_map(|capture| &capture.ports).map(|port| Some(*port)));
+        let dialer = Dialer::declared(self.config.intercept.as_ref(), false, &shared.dials);
         let mesh = {
+            let dialer = dialer.clone();
             let (tls, expected, limits) = (tls.clone(), Arc::clone(&expected), limits.clone());
             let (profile, slots) = (Arc::clone(&self.profile), Arc::clone(&self.slots));
             let connect_timeout = declared.connect_timeout.0;
@@ -99,6 +116,7 @@ impl House {
                 profile: Arc::clone(&profile),
                 slots: Arc::clone(&slots),
                 limits: limits.clone(),
+                dialer: dialer.clone(),
                 connect_timeout,
             }
         };
@@ -115,7 +133,12 @@ impl House {
         };
         let passing = (declared.passthrough != Passthrough::Off).then(|| {
             let passage = Passage::of_listener(name, declared.passthrough);
-            Arc::new(self.passing(passage, declared.legacy_tls12, limits.clone(), declared.connect_timeout.0))
+            Arc::new(self.passing(
+                passage,
+                declared.legacy_tls12,
+                limits.clone(),
+                (dialer.clone(), declared.connect_timeout.0),
+            ))
         });
         Some(OutboundState {
             to: hosts()?,
@@ -128,7 +151,9 @@ impl House {
             detect: Arc::new(self.config.detect.clone()),
             http_limits: Arc::new(self.config.http.clone()),
             pools,
+            dialer,
             connect_timeout: declared.connect_timeout.0,
+            hold: self.hold(declared.listen.is_none()),
             profile: Arc::clone(&self.profile),
             slots: Arc::clone(&self.slots),
             trust: self.trust.clone(),

@@ -1,6 +1,8 @@
 //! Two proxies in one process, real sockets, real handshakes: what goes through, what does not, and what ends a live
 //! connection.
 
+mod captured;
+
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -24,7 +24,8 @@ pub struct Selectors {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
     /// Absolute path of the executable. Only processes in the authority's own mount namespace have one: in another
-    /// namespace any user can make any path.
+    /// namespace any user can make any path. A process that may not be dumped, as a proxy in its sandbox, has one only for
+    /// an authority with CAP_SYS_PTRACE.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
 }

@@ -41,7 +41,7 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs
 /// The largest file of web CAs that is read, in bytes.
 const MAX_CA_FILE_BYTES: u64 = 4 * 1024 * 1024;
 /// Where systems keep their web CAs, in the order in which they are looked for.
-const SYSTEM_CA_FILES: [&str; 4] = [
+pub(crate) const SYSTEM_CA_FILES: [&str; 4] = [
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
     "/etc/ssl/ca-bundle.pem",

@@ -29,9 +29,11 @@ use tokio::time::Instant;
 pub use ca::SvidKey;
 pub use config::AuthorityConfig;
 pub use embedded::EmbeddedSource;
+pub(crate) use federation::SYSTEM_CA_FILES;
 pub use request::{AuthorityError, IssuedSvid, MAX_CA_TTL, MAX_DNS_NAMES, MIN_SVID_TTL, Options, SvidRequest};
 pub use serve::{ServeError, serve};
 pub use server::WorkloadApiServer;
+pub(crate) use state::make_state_dir;
 
 use bundle_document::BundleDocument;
 use ca::{CaId, LeafRequest};

@@ -89,6 +89,14 @@ pub(crate) struct StateDir {
     path: PathBuf,
 }
 
+/// Makes the directory if it is missing, before a sandbox that has to know it.
+///
+/// # Errors
+/// It cannot be made, or others may look into it.
+pub(crate) fn make_state_dir(path: &Path) -> Result<(), AuthorityError> {
+    StateDir::open(path).map(drop)
+}
+
 /// Held while the state is changed; other processes wait.
 pub(crate) struct DirLock {
     _file: File,

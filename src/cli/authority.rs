@@ -38,6 +38,7 @@ pub fn authority(args: &AuthorityArgs, streams: &mut Streams<'_>) -> Outcome {
     let telemetry =
         Telemetry { log_format: config.log_format, log_level: config.log_level.clone(), ..Telemetry::default() };
     let log = Log::start(&telemetry).map_err(Failure::new)?;
+    super::give_memory_back();
     let runtime = Builder::new_current_thread().enable_all().build().map_err(Failure::new)?;
     let served = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).map_err(Failure::new)?;

@@ -53,7 +53,8 @@ pub struct DemoArgs {
 /// What it meant to show and could not.
 pub fn demo(args: &DemoArgs, streams: &mut Streams<'_>) -> Outcome {
     let journal = log_to(args.log.as_deref())?;
-    let traffic = super::run::traffic_runtime(None)?;
+    super::give_memory_back();
+    let traffic = super::run::traffic_runtime(super::run::threads_by_quota())?;
     let control = Builder::new_multi_thread()
         .worker_threads(1)
         .thread_name("control")

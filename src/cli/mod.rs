@@ -12,6 +12,7 @@ pub mod completions;
 pub mod demo;
 pub mod explain;
 pub mod man;
+pub mod redirect;
 pub mod run;
 pub mod schema;
 
@@ -47,6 +48,9 @@ pub enum Command {
     Check(check::CheckArgs),
     /// Say what policy makes of a peer, and by which rule, without any traffic.
     Explain(explain::ExplainArgs),
+    /// Make, remove or show the rules that bring a workload's traffic to the proxy.
+    #[command(subcommand)]
+    Redirect(redirect::RedirectCommand),
     /// Run a small SPIFFE authority that serves the Workload API.
     Authority(authority::AuthorityArgs),
     /// Print shell completions.
@@ -112,6 +116,14 @@ impl std::fmt::Debug for Streams<'_> {
     }
 }
 
+/// Has memory that is free go back to the system even while nobody asks for any: for commands that stay. It starts a thread,
+/// which is one more that must be within the sandbox.
+fn give_memory_back() {
+    if let Err(error) = tikv_jemalloc_ctl::background_thread::write(true) {
+        tracing::warn!(%error, "memory that is free goes back to the system late");
+    }
+}
+
 /// Reads the arguments, the program's name first, and does what they say.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
@@ -143,6 +155,7 @@ pub fn execute(command: Command, streams: &mut Streams<'_>) -> Outcome {
         Command::Demo(args) => demo::demo(&args, streams),
         Command::Check(args) => check::check(&args, streams),
         Command::Explain(args) => explain::explain(&args, streams),
+        Command::Redirect(command) => redirect::redirect(&command, streams),
         Command::Authority(args) => authority::authority(&args, streams),
         Command::Completions(args) => completions::completions(&args, streams),
         Command::Man(args) => man::man(&args, streams),

@@ -9,9 +9,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::{Failure, Outcome};
 use crate::app::Node;
 use crate::app::source::source_of;
+use crate::authority::make_state_dir;
 use crate::clock::Clock;
 use crate::config::{Loaded, Watcher, load};
 use crate::proxy::inherited::Inherited;
+use crate::sandbox::Sandbox;
 use crate::telemetry::log::Log;
 
 /// Arguments of `run`.
@@ -30,12 +32,19 @@ pub fn run(args: &RunArgs) -> Outcome {
     // Before anything else is opened: they are known by the numbers of their descriptors.
     let inherited = Inherited::take();
     let loaded = load(&args.config)?;
+    // Read from files that are out of reach afterwards.
+    let threads = loaded.config.threads.unwrap_or_else(threads_by_quota);
+    if let Some(directory) = loaded.config.identity.authority.as_ref().and_then(|own| own.state_dir.as_deref()) {
+        make_state_dir(directory).map_err(Failure::new)?;
+    }
+    // Before there are threads: a part of it is each thread's own.
+    let sandbox = Sandbox::enter(&loaded.config, &args.config).map_err(Failure::new)?;
     let log = Log::start(&loaded.config.telemetry).map_err(Failure::new)?;
     for warning in &loaded.warnings {
         tracing::warn!("{}", warning.line(&loaded.name));
     }
+    super::give_memory_back();
     raise_descriptor_limit();
-    let threads = loaded.config.threads;
     let traffic = traffic_runtime(threads)?;
     // Admin, identity and reloads have threads of their own: a loaded data path still answers probes and rotates.
     let control = Builder::new_multi_thread()
@@ -44,7 +53,7 @@ pub fn run(args: &RunArgs) -> Outcome {
         .enable_all()
         .build()
         .map_err(Failure::new)?;
-    let outcome = control.block_on(serve(&args.config, loaded, &log, traffic.handle().clone(), inherited));
+    let outcome = control.block_on(serve(&args.config, loaded, &log, traffic.handle().clone(), inherited, sandbox));
     log.flush();
     traffic.shutdown_background();
     control.shutdown_background();
@@ -61,11 +70,15 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// The runtime of the data path. The CPU quota decides how many threads it has unless the config does.
-pub(super) fn traffic_runtime(threads: Option<usize>) -> Result<Runtime, Failure> {
+/// How many threads the data path has unless the config says: as many as the CPU quota allows to run at once.
+pub(super) fn threads_by_quota() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
+}
+
+/// The runtime of the data path.
+pub(super) fn traffic_runtime(threads: usize) -> Result<Runtime, Failure> {
     let mut builder = Builder::new_multi_thread();
-    let quota = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
-    builder.worker_threads(threads.unwrap_or(quota));
+    builder.worker_threads(threads);
     builder.thread_name("traffic").enable_all().build().map_err(Failure::new)
 }
 
@@ -75,6 +88,7 @@ async fn serve(
     log: &Log,
     traffic: tokio::runtime::Handle,
     inherited: Inherited,
+    sandbox: Sandbox,
 ) -> Outcome {
     let mut terminate = signal(SignalKind::terminate()).map_err(Failure::new)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::new)?;
@@ -82,7 +96,7 @@ async fn serve(
     let mut watcher = Watcher::new(path, &loaded.digest);
     let clock = Clock::system();
     let source = source_of(&loaded.config.identity, &clock).map_err(Failure::new)?;
-    let node = Node::start(loaded.config, source, clock, traffic, inherited).await.map_err(Failure::new)?;
+    let node = Node::start(loaded.config, source, clock, traffic, inherited, sandbox).await.map_err(Failure::new)?;
     for listener in node.proxy().listeners() {
         tracing::info!(
             listener = listener.name,

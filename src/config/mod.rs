@@ -12,6 +12,7 @@ pub mod intercept;
 pub mod load;
 mod positions;
 pub mod profile_names;
+mod sandbox;
 pub mod schema;
 pub mod traffic;
 mod validate;

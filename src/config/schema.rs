@@ -15,6 +15,7 @@ pub use super::http::{
 pub use super::intercept::{
     CapturedDestinations, CapturedPorts, InboundMode, Intercept, Passthrough, Plaintext, Udp, Unmatched,
 };
+pub use super::sandbox::SandboxMode;
 pub use super::traffic::{Detect, HttpLimits, OnDetectTimeout, OutboundHttp, Retries};
 pub use super::values::{OneOrMany, Span};
 
@@ -61,6 +62,9 @@ pub struct Config {
     /// Logs, metrics and traces.
     #[serde(default)]
     pub telemetry: Telemetry,
+    /// What the proxy takes from itself once it has started.
+    #[serde(default)]
+    pub sandbox: SandboxMode,
     /// How long open connections may go on after SIGTERM.
     #[serde(default = "drain_timeout")]
     pub drain_timeout: Span,

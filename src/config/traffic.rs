@@ -52,7 +52,7 @@ pub struct Detect {
     /// What becomes of a connection on which nothing came in that time.
     pub on_timeout: OnDetectTimeout,
     /// Ports, of listeners or of what they lead to, on which the server speaks first: nothing is waited for there, and
-    /// bytes are carried as they are.
+    /// bytes are carried as they are. Where captured clients may speak plaintext, silence for `timeout` is plaintext.
     pub opaque_ports: Vec<u16>,
 }
 

@@ -1,10 +1,10 @@
-//! The gate as a type: an [`Admitted`] is made here, out of a proven peer and a decision, and nowhere else; for what
-//! passes through unproven, out of what is declared for it.
+//! The gate as a type: an [`Admitted`] is made here, out of a proven peer and a decision, and nowhere else; for plaintext
+//! that is let in and for what passes through, which prove nothing, out of what is declared for them.
 
 use std::sync::Arc;
 
 use super::{Decision, HttpFacts, ListenerPolicy, PeerPolicy, RequestDecision, Verdict};
-use crate::config::schema::{Passthrough, PolicyMode, Unmatched};
+use crate::config::schema::{self, Passthrough, PolicyMode, Unmatched};
 use crate::identity::SpiffeId;
 
 /// Something whose SPIFFE ID has been proven.
@@ -12,6 +12,9 @@ pub trait Subject {
     /// The proven ID.
     fn spiffe_id(&self) -> &SpiffeId;
 }
+
+/// Bytes of somebody who has proven nothing.
+pub trait Unproven {}
 
 /// Something that asks to pass through as it is, without mTLS of ours.
 pub trait Passenger {
@@ -129,6 +132,32 @@ impl Passage {
     }
 }
 
+/// The permission of a listener to let plaintext in, of whoever it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plaintext(Decision);
+
+impl Plaintext {
+    /// What is declared for the inbound listener of that name; none where plaintext is refused.
+    pub fn declared(listener: &str, plaintext: schema::Plaintext) -> Option<Self> {
+        let (verdict, mode) = match plaintext {
+            schema::Plaintext::Refuse => return None,
+            schema::Plaintext::Audit => (Verdict::Deny, PolicyMode::Audit),
+            schema::Plaintext::Allow => (Verdict::Allow, PolicyMode::Enforce),
+        };
+        Some(Self(Decision { verdict, rule: format!("plaintext:{listener}").into(), mode, audited: None }))
+    }
+
+    /// Whether it is let through only for as long as the real verdict is not carried out.
+    pub fn is_audited(&self) -> bool {
+        self.0.mode == PolicyMode::Audit
+    }
+
+    /// Admits bytes of nobody in particular, by the rule `plaintext:<listener>`.
+    pub fn admit<T: Unproven>(&self, subject: T) -> Admitted<T> {
+        Admitted { subject, decision: self.0.clone() }
+    }
+}
+
 /// The identities that an upstream may have: exactly these.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Expected {
@@ -177,5 +206,23 @@ impl std::fmt::Display for Expected {
             id.fmt(f)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Bytes;
+    impl Unproven for Bytes {}
+
+    #[test]
+    fn plaintext_is_let_in_only_where_that_is_declared_and_audited_as_what_would_be_refused() {
+        assert_eq!(Plaintext::declared("api", schema::Plaintext::Refuse), None);
+        let decision = |plaintext| Plaintext::declared("api", plaintext).unwrap().admit(Bytes).decision().clone();
+        let (audit, allow) = (decision(schema::Plaintext::Audit), decision(schema::Plaintext::Allow));
+        assert_eq!((audit.verdict, audit.mode, &*audit.rule), (Verdict::Deny, PolicyMode::Audit, "plaintext:api"));
+        assert_eq!((allow.verdict, allow.mode, &*allow.rule), (Verdict::Allow, PolicyMode::Enforce, "plaintext:api"));
+        assert!(audit.admits() && allow.admits());
     }
 }

@@ -19,6 +19,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use super::connection::Connection;
+use super::dialer::Towards;
 use super::io::Plain;
 use super::listener::{Accepted, Client, Inbound, Listener, Shared, accept_loop};
 use super::record::{Carries, Cause};
@@ -103,13 +104,21 @@ impl InboundCapture {
     async fn serve(self: Arc<Self>, accepted: Accepted, shared: Arc<Shared>) {
         match self.own.original(&accepted, self.mode) {
             Err(why) => refuse(accepted, Direction::Inbound, Cause::NotCaptured, why, &shared),
-            Ok(original) => match self.listener(original.port()) {
-                Some(listener) => super::inbound::serve(accepted.captured(original), listener, shared).await,
-                None => {
-                    let why = format!("no listener captures port {}", original.port());
-                    refuse(accepted.captured(original), Direction::Inbound, Cause::Undeclared, why, &shared);
-                }
-            },
+            Ok(original) => self.take(accepted.captured(original), original, shared).await,
+        }
+    }
+
+    /// Serves what was captured on its way to `original`.
+    pub(crate) async fn take(&self, accepted: Accepted, original: SocketAddr, shared: Arc<Shared>) {
+        if ours(&accepted, &shared) == Some(Towards::Workload) {
+            return refuse(accepted, Direction::Inbound, Cause::Loop, LOOP.into(), &shared);
+        }
+        match self.listener(original.port()) {
+            Some(listener) => super::inbound::serve(accepted, listener, shared).await,
+            None => {
+                let why = format!("no listener captures port {}", original.port());
+                refuse(accepted, Direction::Inbound, Cause::Undeclared, why, &shared);
+            }
         }
     }
 }
@@ -123,6 +132,26 @@ impl Accepted {
         };
         Self { client, ..self }
     }
+}
+
+#[cfg(test)]
+impl Accepted {
+    /// As if it had been captured on its way to `to`.
+    pub(crate) fn on_its_way(stream: tokio::net::TcpStream, from: SocketAddr, to: SocketAddr, shared: &Shared) -> Self {
+        let place = Arc::clone(&shared.places).try_acquire_owned().unwrap();
+        let client = Client::Captured { from, to };
+        Self { io: Plain::Tcp(stream), client, at: std::time::Instant::now(), _place: place }
+    }
+}
+
+/// Why a connection of our own is refused, and what to do.
+const LOOP: &str = "the rules send our own connections back to us; apply them anew, and let `intercept.proxy` name the \
+                    user, group or mark that the proxy has";
+
+/// Where it leads, if it is one that we have opened ourselves.
+fn ours(accepted: &Accepted, shared: &Shared) -> Option<Towards> {
+    let Client::Captured { from, to } = accepted.client else { return None };
+    shared.dials.ours(from, to)
 }
 
 /// Resets a connection, and leaves a record of it.

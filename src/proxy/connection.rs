@@ -89,6 +89,10 @@ impl Connection {
         self.registration.set_peer(peer, most)
     }
 
+    pub(super) fn set_unproven(&mut self) {
+        self.registration.set_unproven();
+    }
+
     pub(super) fn set_passing(&mut self, passed: &Arc<Passed>) {
         self.registration.set_passing(passed);
     }

@@ -57,8 +57,17 @@ pub fn detect(bytes: &[u8]) -> Detected {
     }
 }
 
-/// A record of type handshake, version 3.x, a length that a record can have, and the beginning of a ClientHello in it, which
-/// may go on in others.
+/// Tells TLS ([`Detected::Tls`]) from whatever else it is ([`Detected::Opaque`]), mostly by the first byte.
+pub fn tls_or_not(bytes: &[u8]) -> Detected {
+    match bytes.first() {
+        None => Detected::More,
+        Some(22) => tls(bytes),
+        Some(_) => Detected::Opaque,
+    }
+}
+
+/// A record of type handshake, version 3.x, a length that a record can have, and the beginning of a ClientHello in it,
+/// which may go on in others.
 fn tls(bytes: &[u8]) -> Detected {
     let fits = |at: usize, good: fn(u8) -> bool| bytes.get(at).is_none_or(|byte| good(*byte));
     let length = match bytes {
@@ -148,7 +157,24 @@ pub enum Outcome {
 /// # Errors
 ///
 /// The stream's own, with which the connection is lost.
-pub async fn read_until_detected<S>(mut io: S, first: Duration, rest: Duration) -> io::Result<(Outcome, Prefixed<S>)>
+pub async fn read_until_detected<S>(io: S, first: Duration, rest: Duration) -> io::Result<(Outcome, Prefixed<S>)>
+where
+    S: AsyncRead + Unpin,
+{
+    read_until(io, detect, first, rest).await
+}
+
+/// [`read_until_detected`] by another way to tell, which gives an answer for [`MAX`] bytes at the latest.
+///
+/// # Errors
+///
+/// The stream's own, with which the connection is lost.
+pub async fn read_until<S>(
+    mut io: S,
+    detect: fn(&[u8]) -> Detected,
+    first: Duration,
+    rest: Duration,
+) -> io::Result<(Outcome, Prefixed<S>)>
 where
     S: AsyncRead + Unpin,
 {
@@ -323,6 +349,23 @@ mod tests {
                 assert_eq!(detect(&[bytes, tail].concat()), *expected, "{shown}");
             }
         }
+    }
+
+    #[test]
+    fn tls_is_told_from_everything_else_as_soon_as_can_be() {
+        for (bytes, expected) in SAMPLES {
+            let tls = *expected == Detected::Tls;
+            assert_eq!(
+                tls_or_not(bytes),
+                if tls { Detected::Tls } else { Detected::Opaque },
+                "{}",
+                bytes.escape_ascii()
+            );
+        }
+        for more in [&b""[..], b"\x16", &HELLO[..5]] {
+            assert_eq!(tls_or_not(more), Detected::More, "{}", more.escape_ascii());
+        }
+        assert_eq!(tls_or_not(b"G"), Detected::Opaque, "nothing that begins so becomes TLS");
     }
 
     #[test]

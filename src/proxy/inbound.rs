@@ -1,4 +1,5 @@
-//! Towards the workload: mTLS in, plaintext to the workload. Requests are judged one by one, bytes once.
+//! Towards the workload: mTLS in, plaintext to the workload. Requests are judged one by one, bytes once. Captured clients
+//! that speak no TLS go by [`super::plaintext`], where they are let in.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,18 +10,23 @@ use tokio_rustls::TlsStream;
 
 use super::connection::{Connection, deadlines};
 use super::detect::{Detected, Outcome, Prefixed, read_until_detected};
+use super::hold;
 use super::http::{self, Spoken, Way};
 use super::io::Plain;
+use super::ledger::Fate;
 use super::listener::{Accepted, Inbound, Shared};
+use super::plaintext::{self, Begins, Caller};
 use super::proxy_protocol;
 use super::record::{Cause, Event};
+use super::registry::Known;
 use super::state::InboundState;
 use super::tcp::{Deadlines, Forward};
+use super::upstream::ToWorkload;
 use crate::config::schema::{Connections, Detect, HttpLimits, OnDetectTimeout, Protocol, ProxyProtocol};
 use crate::identity::SpiffeId;
 use crate::policy::{Admitted, Subject};
 use crate::tls::reason::Reason;
-use crate::tls::record::{Direction, Failure, HandshakeRecord, Negotiated};
+use crate::tls::record::{Direction, Failure, HandshakeRecord};
 use crate::tls::{Alpn, Authenticated, Peer, ReadAhead, server};
 
 /// How long the workload may take to accept.
@@ -38,10 +44,35 @@ impl Subject for Proven {
     }
 }
 
+/// Bytes that may be admitted as a whole.
+pub(super) trait Carried {
+    /// What carries them.
+    type Stream: AsyncRead + AsyncWrite + Unpin;
+
+    /// The bytes, to be forwarded.
+    fn into_stream(self) -> Self::Stream;
+
+    /// Both sides have finished, so what is left of the stream ends in order.
+    fn finished(stream: &Self::Stream);
+}
+
+impl Carried for Proven {
+    type Stream = Prefixed<TlsStream<ReadAhead<TcpStream>>>;
+
+    fn into_stream(self) -> Self::Stream {
+        self.stream
+    }
+
+    /// close_notify has said so.
+    fn finished(_: &Self::Stream) {}
+}
+
 /// What an opened connection carries.
 enum Opened {
     /// Bytes, admitted as a whole.
-    Bytes(Admitted<Proven>, Plain, Deadlines),
+    Bytes(Admitted<Proven>, ToWorkload, Deadlines),
+    /// Bytes of whoever it is, let in as they are.
+    Plaintext(Admitted<Caller>, ToWorkload, Deadlines),
     /// Requests, none of which is admitted yet.
     Requests(Proven, Spoken, Way, Deadlines, Arc<InboundState>),
 }
@@ -52,10 +83,9 @@ pub(super) async fn serve(accepted: Accepted, listener: Arc<Inbound>, shared: Ar
         let carries = listener.state.load().protocol.into();
         Connection::open(&shared, Direction::Inbound, carries, &listener.name, client)
     };
-    let state = listener.state.load_full();
     let entry = Arc::clone(connection.entry());
     // The handshake's state is large and short-lived: in a box it is gone when the long part begins.
-    let opening = Box::pin(open(&mut connection, client, io, at, &listener, state, &shared));
+    let opening = Box::pin(open(&mut connection, client, io, at, &listener, &shared));
     let opened = tokio::select! {
         biased;
         opened = opening => opened,
@@ -65,6 +95,9 @@ pub(super) async fn serve(accepted: Accepted, listener: Arc<Inbound>, shared: Ar
     match opened {
         None => {}
         Some(Opened::Bytes(admitted, plain, deadlines)) => {
+            forward(connection, admitted, plain, deadlines, shared).await;
+        }
+        Some(Opened::Plaintext(admitted, plain, deadlines)) => {
             forward(connection, admitted, plain, deadlines, shared).await;
         }
         Some(Opened::Requests(proven, spoken, way, deadlines, state)) => {
@@ -82,10 +115,10 @@ async fn open(
     io: Plain,
     accepted_at: Instant,
     listener: &Arc<Inbound>,
-    state: Arc<InboundState>,
     shared: &Arc<Shared>,
 ) -> Option<Opened> {
     let Plain::Tcp(stream) = io else { return None };
+    let (state, began) = hold::usable(&listener.state, accepted_at, &shared.published).await;
     let Some(tls) = state.tls.clone() else {
         connection.handshake(&refused(Direction::Inbound, Reason::NoIdentity, "we have no SVID that may be used"));
         super::io::abort(&stream);
@@ -94,10 +127,21 @@ async fn open(
     let local = tls.identity().svid.id().clone();
     connection.set_local(&local);
     let server = stream.local_addr().ok();
-    let deadline = accepted_at + state.profile.handshake_timeout;
-    let (record, authenticated) = server::accept(ReadAhead::new(stream), tls, &state.slots, deadline).await;
+    let stream = match (plaintext::look(connection, stream, client, &state).await?, &state.plaintext) {
+        (Begins::Tls(stream), _) => stream,
+        (Begins::Plaintext(caller), permission) => {
+            let permission = permission.as_ref()?;
+            let opened = plaintext::open(connection, caller, listener, &state, permission, shared).await;
+            return opened.map(|(admitted, plain, deadlines)| Opened::Plaintext(admitted, plain, deadlines));
+        }
+    };
+    let deadline = began + state.profile.handshake_timeout;
+    let (record, authenticated) = server::accept(stream, tls, &state.slots, deadline).await;
     connection.handshake(&record);
     let Some(authenticated) = authenticated else {
+        if record.failure.as_ref().is_some_and(|failure| failure.reason == Reason::NotTls) {
+            plaintext::tell(connection, shared, Fate::Refused);
+        }
         if let Some(claimed) = &record.claimed {
             connection.decided(Direction::Inbound, &state.policy.door(claimed));
         }
@@ -117,7 +161,7 @@ async fn open(
     let changed = |connection: &mut Connection| {
         let now = listener.state.load();
         if !Arc::ptr_eq(&now, &state)
-            && let Some(cause) = now.rejudge(connection.entry(), &peer, &shared.clock)
+            && let Some(cause) = now.rejudge(connection.entry(), &Known::Peer(Arc::clone(&peer)), &shared.clock)
         {
             connection.end(cause, "changed during the handshake");
             return true;
@@ -145,7 +189,11 @@ async fn open(
     if changed(connection) {
         return None;
     }
-    let plain = workload(connection, client, server, &peer, &negotiated, &state).await?;
+    let mut plain = workload(connection, &state).await?;
+    if state.proxy_protocol == ProxyProtocol::V2 {
+        let header = proxy_protocol::header(&client, server, peer.id(), &negotiated);
+        introduce(connection, &mut plain, &header).await?;
+    }
     Some(Opened::Bytes(admitted, plain, limits))
 }
 
@@ -274,54 +322,52 @@ fn is_other_line(bytes: &[u8]) -> bool {
     line.ends_with(b"\n") && !line.windows(6).any(|window| window == b"HTTP/1")
 }
 
-/// Dials the workload and says who comes, if that is asked for.
-async fn workload(
-    connection: &mut Connection,
-    client: super::listener::Client,
-    server: Option<std::net::SocketAddr>,
-    peer: &Peer,
-    negotiated: &Negotiated,
-    state: &InboundState,
-) -> Option<Plain> {
+/// Dials the workload.
+pub(super) async fn workload(connection: &mut Connection, state: &InboundState) -> Option<ToWorkload> {
+    let client = connection.entry().client;
     let target = state.target(client)?;
     connection.upstream = Some(target.to_string());
-    let mut plain = match target.connect(WORKLOAD_TIMEOUT).await {
-        Ok(plain) => plain,
+    match target.connect(&state.dialer, client.address(), WORKLOAD_TIMEOUT).await {
+        Ok(plain) => Some(plain),
         Err(error) => {
             connection.end(Cause::Unreachable, format!("{target}: {error}"));
-            return None;
-        }
-    };
-    if state.proxy_protocol == ProxyProtocol::V2 {
-        let header = proxy_protocol::header(&client, server, peer.id(), negotiated);
-        if let Err(error) = tokio::time::timeout(WORKLOAD_TIMEOUT, plain.write_all(&header))
-            .await
-            .unwrap_or(Err(std::io::ErrorKind::TimedOut.into()))
-        {
-            connection.end(Cause::Unreachable, format!("{target}: {error}"));
-            return None;
+            None
         }
     }
-    Some(plain)
 }
 
-async fn forward(
+/// Says to the workload who comes.
+async fn introduce(connection: &mut Connection, plain: &mut ToWorkload, header: &[u8]) -> Option<()> {
+    let written = tokio::time::timeout(WORKLOAD_TIMEOUT, plain.write_all(header)).await;
+    match written.unwrap_or(Err(std::io::ErrorKind::TimedOut.into())) {
+        Ok(()) => Some(()),
+        Err(error) => {
+            let target = connection.upstream.clone().unwrap_or_default();
+            connection.end(Cause::Unreachable, format!("{target}: {error}"));
+            None
+        }
+    }
+}
+
+async fn forward<T: Carried>(
     mut connection: Connection,
-    admitted: Admitted<Proven>,
-    mut plain: Plain,
+    admitted: Admitted<T>,
+    mut plain: ToWorkload,
     deadlines: Deadlines,
     shared: Arc<Shared>,
 ) {
-    let mut tls = admitted.into_subject().stream;
+    let mut remote = admitted.into_subject().into_stream();
     let entry = Arc::clone(connection.entry());
     let carries = connection.carries();
-    let end = Forward::new(&mut tls, &mut plain, entry.stopper(), deadlines, |from_tls, from_plain| {
-        connection.sent += from_tls;
-        connection.received += from_plain;
-        shared.observer.moved(Direction::Inbound, carries, from_tls, from_plain);
+    let end = Forward::new(&mut remote, &mut plain, entry.stopper(), deadlines, |sent, received| {
+        connection.sent += sent;
+        connection.received += received;
+        shared.observer.moved(Direction::Inbound, carries, sent, received);
     })
     .await;
-    if end.cause != Cause::Done {
+    if end.cause == Cause::Done {
+        T::finished(&remote);
+    } else {
         plain.abort();
     }
     connection.end(end.cause, end.detail);

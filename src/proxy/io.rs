@@ -41,7 +41,7 @@ pub(super) use writes_pass;
 
 /// A plaintext stream.
 #[derive(Debug)]
-pub enum Plain {
+pub(super) enum Plain {
     /// Over TCP.
     Tcp(TcpStream),
     /// Over a Unix socket.
@@ -50,7 +50,7 @@ pub enum Plain {
 
 impl Plain {
     /// Makes the coming drop a reset, so that whoever reads cannot take an abort for an orderly end.
-    pub fn abort(&self) {
+    pub(super) fn abort(&self) {
         if let Self::Tcp(stream) = self {
             abort(stream);
         }
@@ -60,6 +60,11 @@ impl Plain {
 /// Makes the coming drop of a TCP stream a reset.
 pub(super) fn abort(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+/// Takes [`abort`] back.
+pub(super) fn end_in_order(stream: &TcpStream) {
+    let _ = SockRef::from(stream).set_linger(None);
 }
 
 /// No delay, and keepalive so that a vanished machine is noticed while nothing moves. Failures leave the defaults.

@@ -16,7 +16,9 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::connection::Connection;
+use super::dialer::Dials;
 use super::io::{Plain, tune};
+use super::ledger::Ledger;
 use super::record::{Cause, Observer};
 use super::registry::Registry;
 use super::state::{InboundState, OutboundState};
@@ -38,6 +40,10 @@ pub struct Shared {
     pub places: Arc<Semaphore>,
     /// Which requests get a span.
     pub tracing: Sampler,
+    /// What is being dialled, or open to the workload.
+    pub dials: Arc<Dials>,
+    /// Who speaks plaintext to captured ports.
+    pub ledger: Ledger,
     /// Whether every listener has what it needs to serve. Changes with every swap of states, after them.
     pub published: watch::Sender<bool>,
 }

@@ -7,13 +7,17 @@
 pub mod capture;
 mod connection;
 pub mod detect;
+pub mod dialer;
+mod hold;
 pub mod http;
 mod inbound;
 pub mod inherited;
 mod io;
+pub mod ledger;
 pub mod listener;
 mod outbound;
 pub mod passthrough;
+mod plaintext;
 pub mod proxy_protocol;
 pub mod record;
 pub mod registry;

@@ -8,16 +8,17 @@ use std::time::Instant;
 use super::capture::{First, OutboundCapture};
 use super::connection::{Connection, deadlines, lone_deadlines};
 use super::detect::Prefixed;
+use super::hold;
 use super::http::{self, Spoken, Way};
 use super::inbound::{Sniffing, refused, sniff};
 use super::io::Plain;
 use super::listener::{Accepted, Outbound, Shared};
 use super::passthrough::{self, Passed};
 use super::record::Cause;
-use super::registry::Entry;
+use super::registry::{Entry, Known};
 use super::state::OutboundState;
 use super::tcp::{Deadlines, Forward};
-use super::upstream::{self, HostPort};
+use super::upstream::HostPort;
 use crate::config::schema::Protocol;
 use crate::policy::Admitted;
 use crate::tls::reason::Reason;
@@ -26,8 +27,7 @@ use crate::tls::{Authenticated, Offer, ReadAhead, client};
 
 pub(super) async fn serve(accepted: Accepted, listener: Arc<Outbound>, shared: Arc<Shared>) {
     let connection = opened(&accepted, &listener, &shared);
-    let state = listener.state.load_full();
-    mesh(connection, Prefixed::new(accepted.io), state, listener, shared).await;
+    mesh(connection, Prefixed::new(accepted.io), accepted.at, listener, shared).await;
 }
 
 /// Serves a captured connection, of which this was heard already.
@@ -40,15 +40,14 @@ pub(super) async fn serve_captured(
     shared: Arc<Shared>,
 ) {
     let connection = opened(&accepted, &listener, &shared);
-    let state = listener.state.load_full();
     let plain = Prefixed::with(ahead, accepted.io);
-    match state.passing.clone() {
+    let passing = listener.state.load().passing.clone();
+    match passing {
         Some(passing) => {
-            drop(state);
             let still = move |entry: &Entry, passed: &Passed| capture.rejudge(entry, passed);
             passthrough::serve(connection, plain, first, passing, still, shared).await;
         }
-        None => mesh(connection, plain, state, listener, shared).await,
+        None => mesh(connection, plain, accepted.at, listener, shared).await,
     }
 }
 
@@ -61,11 +60,16 @@ fn opened(accepted: &Accepted, listener: &Outbound, shared: &Arc<Shared>) -> Con
 async fn mesh(
     mut connection: Connection,
     plain: Prefixed<Plain>,
-    state: Arc<OutboundState>,
+    accepted_at: Instant,
     listener: Arc<Outbound>,
     shared: Arc<Shared>,
 ) {
     let entry = Arc::clone(connection.entry());
+    let (state, _) = tokio::select! {
+        biased;
+        held = hold::usable(&listener.state, accepted_at, &shared.published) => held,
+        _ = entry.until_stopped() => return plain.get_ref().abort(),
+    };
     let sniffing = Box::pin(carried(&mut connection, plain, &state, &shared));
     let carried = tokio::select! {
         biased;
@@ -137,8 +141,8 @@ async fn open(
         };
         for address in addresses {
             connection.upstream = Some(format!("{} ({address})", host.as_str()));
-            let stream = match upstream::connect(address, state.connect_timeout).await {
-                Ok(stream) => stream,
+            let dialled = match state.dialer.upstream(address, state.connect_timeout).await {
+                Ok(dialled) => dialled,
                 Err(error) => {
                     connection.end(Cause::Unreachable, format!("{address}: {error}"));
                     continue;
@@ -146,7 +150,7 @@ async fn open(
             };
             let deadline = Instant::now() + state.profile.handshake_timeout;
             let (record, authenticated) = client::connect(
-                ReadAhead::new(stream),
+                ReadAhead::new(dialled.stream),
                 host.server_name(),
                 Arc::clone(&tls),
                 Offer::Nothing,
@@ -186,7 +190,7 @@ fn admit(
     connection.decided(Direction::Outbound, admitted.decision());
     let now = listener.state.load();
     if !Arc::ptr_eq(&now, state)
-        && let Some(cause) = now.rejudge(connection.entry(), &peer, &shared.clock)
+        && let Some(cause) = now.rejudge(connection.entry(), &Known::Peer(peer.clone()), &shared.clock)
     {
         connection.end(cause, "changed during the handshake");
         return None;

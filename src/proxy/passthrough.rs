@@ -17,12 +17,12 @@ use tokio::time::{Instant, timeout_at};
 use super::capture::First;
 use super::connection::{Connection, lone_deadlines};
 use super::detect::{Detected, Prefixed, detect};
+use super::dialer::{Dial, Dialer, Dialled};
 use super::io::{Plain, abort};
 use super::listener::Shared;
 use super::record::{Cause, Event, Watched};
 use super::registry::Entry;
 use super::splice::{Side, Splice};
-use super::upstream;
 use crate::config::schema::{Connections, Detect, Passthrough, PolicyMode};
 use crate::policy::{Admitted, Passage, Passenger};
 use crate::tls::Profile;
@@ -45,6 +45,8 @@ pub struct Passing {
     pub limits: Connections,
     /// How long the first bytes are waited for.
     pub detect: Arc<Detect>,
+    /// How it is dialled.
+    pub dialer: Dialer,
     /// How long the destination may take to accept.
     pub connect_timeout: Duration,
 }
@@ -74,11 +76,13 @@ struct Leg {
     said: Vec<u8>,
     /// How much of that has gone to the other side.
     passed: usize,
+    /// Should the rules send it back to us, it is known by this.
+    _dial: Option<Dial>,
 }
 
 impl Leg {
     fn new(io: TcpStream, said: Vec<u8>) -> Self {
-        Self { io, said, passed: 0 }
+        Self { io, said, passed: 0, _dial: None }
     }
 
     /// Hears more. Answers how much that was; nothing at the end.
@@ -223,9 +227,9 @@ async fn connect(
     shared: &Shared,
 ) -> Result<Leg, End> {
     connection.upstream = Some(to.to_string());
-    let dialled = upstream::connect(to, passing.connect_timeout).await;
-    let io = dialled.map_err(|error| (Cause::Unreachable, format!("{to}: {error}")))?;
-    let mut server = Leg::new(io, Vec::new());
+    let dialled = passing.dialer.upstream(to, passing.connect_timeout).await;
+    let Dialled { stream, dial } = dialled.map_err(|error| (Cause::Unreachable, format!("{to}: {error}")))?;
+    let mut server = Leg { _dial: dial, ..Leg::new(stream, Vec::new()) };
     let tls = match client.speaks_tls {
         Some(tls) => tls,
         None => first_word(&mut client.leg, &mut server, passing).await?,

@@ -38,6 +38,8 @@ causes! {
     Denied = "denied";
     /// It came to a capture port without having been captured, so it was for nobody.
     NotCaptured = "not_captured";
+    /// It was captured, and is one that we have opened ourselves: the rules send our own connections back to us.
+    Loop = "loop";
     /// It was captured, and no listener takes what it was for.
     Undeclared = "undeclared";
     /// The process-wide or per-peer cap on connections was reached.
@@ -281,6 +283,8 @@ pub struct Watched {
 pub enum Event {
     /// A `detect` listener made up its mind: `tls`, `http1`, `http2`, `opaque`, or `timeout`.
     Detected(&'static str),
+    /// A connection was plaintext, and what became of it.
+    Plaintext(super::ledger::Fate),
     /// A request was sent once more.
     Retried,
     /// A request could have been sent once more, and the budget was used up.

@@ -25,6 +25,8 @@ const SHARDS: usize = 16;
 pub enum Known {
     /// It has proven who it is.
     Peer(Arc<Peer>),
+    /// It speaks plaintext and has proven nothing.
+    Unproven,
     /// It passes through to where it was for, which proves nothing to us.
     Passing(Arc<Passed>),
 }
@@ -57,8 +59,13 @@ impl Entry {
     pub fn peer(&self) -> Option<&Arc<Peer>> {
         match self.known.get()? {
             Known::Peer(peer) => Some(peer),
-            Known::Passing(_) => None,
+            Known::Unproven | Known::Passing(_) => None,
         }
+    }
+
+    /// Whether it is plaintext that was let through, of whoever it is.
+    pub fn is_unproven(&self) -> bool {
+        matches!(self.known.get(), Some(Known::Unproven))
     }
 
     /// Tells the connection to end. The first cause stays.
@@ -301,9 +308,14 @@ impl Registration {
         Ok(())
     }
 
+    /// Writes down that it is plaintext, of whoever it is.
+    pub fn set_unproven(&self) {
+        // Once it is known who is there, that stays.
+        let _ = self.entry.known.set(Known::Unproven);
+    }
+
     /// Writes down that it passes through.
     pub fn set_passing(&self, passed: &Arc<Passed>) {
-        // Once it is known who is there, that stays.
         let _ = self.entry.known.set(Known::Passing(Arc::clone(passed)));
     }
 }

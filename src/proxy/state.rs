@@ -6,17 +6,19 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
+use super::dialer::Dialer;
+use super::hold::Holds;
 use super::http::Pools;
 use super::listener::Client;
 use super::passthrough::Passing;
 use super::record::{Cause, RequestCause};
-use super::registry::Entry;
+use super::registry::{Entry, Known};
 use super::upstream::{HostPort, Target};
 use crate::clock::Clock;
 use crate::config::schema::{Connections, Detect, HttpLimits, InboundHttp, OnPeerExpiry, Protocol, ProxyProtocol};
 use crate::identity::svid::Usage;
 use crate::policy::http::pattern::HostPattern;
-use crate::policy::{Expected, ListenerPolicy};
+use crate::policy::{Expected, ListenerPolicy, Plaintext};
 use crate::tls::reason::Reason;
 use crate::tls::{ClientTls, Peer, Profile, ServerTls, Trust};
 
@@ -27,6 +29,10 @@ pub struct InboundState {
     pub to: Option<Target>,
     /// Who may connect.
     pub policy: Arc<ListenerPolicy>,
+    /// The permission to let plaintext in; none where it is refused.
+    pub plaintext: Option<Plaintext>,
+    /// How long connections may wait for an identity.
+    pub hold: Duration,
     /// Limits and timeouts.
     pub limits: Connections,
     /// Whether the peer's identity is sent ahead of the bytes.
@@ -43,6 +49,8 @@ pub struct InboundState {
     pub http_limits: Arc<HttpLimits>,
     /// Where requests go, if it carries any.
     pub pools: Pools,
+    /// How the workload is dialled.
+    pub dialer: Dialer,
     /// The profile.
     pub profile: Arc<Profile>,
     /// Places for handshakes.
@@ -76,8 +84,12 @@ pub struct OutboundState {
     pub http_limits: Arc<HttpLimits>,
     /// Where requests go, if it carries any.
     pub pools: Pools,
+    /// How upstreams are dialled.
+    pub dialer: Dialer,
     /// How long one address may take to accept.
     pub connect_timeout: Duration,
+    /// How long connections may wait for an identity.
+    pub hold: Duration,
     /// The profile.
     pub profile: Arc<Profile>,
     /// Places for handshakes.
@@ -94,9 +106,12 @@ impl InboundState {
         self.to.clone().or_else(|| client.original().map(Target::Original))
     }
 
-    /// Whether a live connection of this peer would still be admitted; the cause if not.
-    pub fn rejudge(&self, entry: &Entry, peer: &Peer, clock: &Clock) -> Option<Cause> {
+    /// Whether a live connection would still be admitted; the cause if not.
+    pub fn rejudge(&self, entry: &Entry, known: &Known, clock: &Clock) -> Option<Cause> {
         let (Some(trust), Some(_)) = (&self.trust, &self.tls) else { return Some(Cause::OwnExpired) };
+        let Known::Peer(peer) = known else {
+            return self.plaintext.is_none().then_some(Cause::PolicyChanged);
+        };
         rejudge_trust(trust, peer, Usage::Client, self.limits.on_peer_expiry, clock).or_else(|| {
             let admitted = match (entry.is_http(), self.protocol) {
                 (true, Protocol::Tcp) | (false, Protocol::Http) => false,
@@ -132,8 +147,9 @@ impl OutboundState {
     }
 
     /// Whether a live connection to this upstream would still be admitted; the cause if not.
-    pub fn rejudge(&self, _: &Entry, peer: &Peer, clock: &Clock) -> Option<Cause> {
+    pub fn rejudge(&self, _: &Entry, known: &Known, clock: &Clock) -> Option<Cause> {
         let (Some(trust), Some(_)) = (&self.trust, &self.tls) else { return Some(Cause::OwnExpired) };
+        let Known::Peer(peer) = known else { return Some(Cause::PolicyChanged) };
         rejudge_trust(trust, peer, Usage::Server, self.limits.on_peer_expiry, clock)
             .or_else(|| (!self.expected.contains(peer.id())).then_some(Cause::PolicyChanged))
     }
@@ -143,6 +159,24 @@ impl OutboundState {
     /// It was replaced: nothing new begins by it.
     pub fn retire(&self) {
         self.pools.retire();
+    }
+}
+
+impl Holds for InboundState {
+    fn is_usable(&self) -> bool {
+        self.tls.is_some()
+    }
+    fn hold(&self) -> Duration {
+        self.hold
+    }
+}
+
+impl Holds for OutboundState {
+    fn is_usable(&self) -> bool {
+        self.tls.is_some()
+    }
+    fn hold(&self) -> Duration {
+        self.hold
     }
 }
 

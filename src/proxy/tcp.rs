@@ -4,8 +4,8 @@
 //! side. Only what the other side does not take at once is kept with the connection, and given back when it has. So an
 //! idle connection holds no buffer of ours.
 //!
-//! Half-close works both ways. An end without close_notify on the TLS side is a truncation and is passed on as a reset,
-//! never as an orderly end.
+//! Half-close works both ways. An end without close_notify on a remote side of TLS is a truncation and is passed on as a
+//! reset, never as an orderly end.
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -142,8 +142,10 @@ enum State {
 /// Which side an error came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
-    Tls,
-    Plain,
+    /// Whoever is reached over the network: a peer over TLS, or what is let through in plaintext.
+    Remote,
+    /// Our own workload.
+    Workload,
 }
 
 type HalfResult = Poll<Result<(), (Side, io::Error)>>;
@@ -252,17 +254,18 @@ impl Half {
     }
 }
 
-/// Forwards between the TLS side and the plaintext side until both have finished, a deadline passes, or `stop` has a cause
-/// (it is given the waker of the task, to be woken when it comes to that). `progress` hears how many bytes came from the TLS side and from the plaintext side since the last call.
+/// Forwards between a remote side and the workload until both have finished, a deadline passes, or `stop` has a cause (it
+/// is given the waker of the task, to be woken when it comes to that). `progress` hears how many bytes came from the remote
+/// side and from the workload since the last call.
 pub struct Forward<'a, T, P, S, F> {
-    tls: &'a mut T,
-    plain: &'a mut P,
+    remote: &'a mut T,
+    workload: &'a mut P,
     stop: S,
     progress: F,
-    from_tls: Half,
-    from_plain: Half,
+    from_remote: Half,
+    from_workload: Half,
     told: (u64, u64),
-    /// Why nothing can be written to the TLS side any more, and until when what its peer said last is waited for.
+    /// Why nothing can be written to the remote side any more, and until when what its peer said last is waited for.
     broken: Option<(io::Error, Instant)>,
     timer: Timer,
 }
@@ -270,22 +273,22 @@ pub struct Forward<'a, T, P, S, F> {
 impl<T, P, S, F> std::fmt::Debug for Forward<'_, T, P, S, F> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Forward")
-            .field("from_tls", &self.from_tls)
-            .field("from_plain", &self.from_plain)
+            .field("from_remote", &self.from_remote)
+            .field("from_workload", &self.from_workload)
             .finish_non_exhaustive()
     }
 }
 
 impl<'a, T, P, S, F> Forward<'a, T, P, S, F> {
     /// Ready to forward; nothing moves until it is polled.
-    pub fn new(tls: &'a mut T, plain: &'a mut P, stop: S, deadlines: Deadlines, progress: F) -> Self {
+    pub fn new(remote: &'a mut T, workload: &'a mut P, stop: S, deadlines: Deadlines, progress: F) -> Self {
         Self {
-            tls,
-            plain,
+            remote,
+            workload,
             stop,
             progress,
-            from_tls: Half::default(),
-            from_plain: Half::default(),
+            from_remote: Half::default(),
+            from_workload: Half::default(),
             told: (0, 0),
             broken: None,
             timer: Timer::new(deadlines),
@@ -293,7 +296,7 @@ impl<'a, T, P, S, F> Forward<'a, T, P, S, F> {
     }
 
     fn half_closed(&self) -> bool {
-        self.from_tls.state == State::Closed || self.from_plain.state == State::Closed
+        self.from_remote.state == State::Closed || self.from_workload.state == State::Closed
     }
 
     /// When a broken connection ends.
@@ -317,30 +320,30 @@ where
             return Poll::Ready(End::new(cause));
         }
         let was_half_closed = this.half_closed();
-        let inward = this.from_tls.poll(cx, (this.tls, Side::Tls), (this.plain, Side::Plain));
+        let inward = this.from_remote.poll(cx, (this.remote, Side::Remote), (this.workload, Side::Workload));
         if let Some((error, _)) = &this.broken {
             match inward {
-                Poll::Ready(Err((Side::Tls, alert))) if alert.kind() == io::ErrorKind::InvalidData => {
-                    return Poll::Ready(end_of(Side::Tls, &alert));
+                Poll::Ready(Err((Side::Remote, alert))) if alert.kind() == io::ErrorKind::InvalidData => {
+                    return Poll::Ready(end_of(Side::Remote, &alert));
                 }
-                Poll::Ready(_) => return Poll::Ready(end_of(Side::Tls, error)),
+                Poll::Ready(_) => return Poll::Ready(end_of(Side::Remote, error)),
                 Poll::Pending => {}
             }
         }
         let outward = match &inward {
             Poll::Ready(Err(_)) => Poll::Pending,
             _ if this.broken.is_some() => Poll::Pending,
-            _ => this.from_plain.poll(cx, (this.plain, Side::Plain), (this.tls, Side::Tls)),
+            _ => this.from_workload.poll(cx, (this.workload, Side::Workload), (this.remote, Side::Remote)),
         };
-        let moved = (this.from_tls.moved - this.told.0, this.from_plain.moved - this.told.1);
+        let moved = (this.from_remote.moved - this.told.0, this.from_workload.moved - this.told.1);
         if moved != (0, 0) {
-            this.told = (this.from_tls.moved, this.from_plain.moved);
+            this.told = (this.from_remote.moved, this.from_workload.moved);
             this.timer.moved();
             (this.progress)(moved.0, moved.1);
         }
         match (inward, outward) {
             (Poll::Ready(Err((side, error))), _) => return Poll::Ready(end_of(side, &error)),
-            (Poll::Pending, Poll::Ready(Err((Side::Tls, error)))) => {
+            (Poll::Pending, Poll::Ready(Err((Side::Remote, error)))) => {
                 // A peer that refuses us says why and goes: its alert may lie unread before the broken pipe.
                 this.broken = Some((error, Instant::now() + LAST_WORDS));
                 this.timer.reset(this.half_closed(), this.last_words());
@@ -363,11 +366,11 @@ where
 
 fn end_of(side: Side, error: &io::Error) -> End {
     let cause = match (side, error.kind()) {
-        (Side::Tls, io::ErrorKind::UnexpectedEof) => Cause::Truncated,
-        (Side::Tls, io::ErrorKind::InvalidData) => Cause::TlsError,
+        (Side::Remote, io::ErrorKind::UnexpectedEof) => Cause::Truncated,
+        (Side::Remote, io::ErrorKind::InvalidData) => Cause::TlsError,
         _ => Cause::Reset,
     };
-    let who = if side == Side::Tls { "TLS side" } else { "plaintext side" };
+    let who = if side == Side::Remote { "remote side" } else { "workload" };
     End { cause, detail: format!("{who}: {error}") }
 }
 

@@ -1,18 +1,20 @@
-//! Reaching the other side: the workload, or an upstream's addresses, resolved and tried in order.
+//! What is to be reached: the workload, or an upstream's addresses, resolved and tried in order.
 
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use rustls::pki_types::{DnsName, ServerName};
-use socket2::SockRef;
-use tokio::net::{TcpSocket, TcpStream, UnixStream};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
 
-use super::io::{Plain, tune};
+use super::dialer::{Dial, Dialer};
+use super::io::Plain;
 use crate::config::address;
-use crate::intercept::WORKLOAD_TOS;
 
 /// How long a resolved name is used before it is resolved again.
 const RESOLVED_FOR: Duration = Duration::from_secs(10);
@@ -51,28 +53,67 @@ impl Target {
         }
     }
 
-    /// Connects within `timeout`.
+    /// Connects within `timeout`, for this client.
     ///
     /// # Errors
     /// The last address's error.
-    pub async fn connect(&self, timeout: Duration) -> io::Result<Plain> {
+    pub async fn connect(
+        &self,
+        dialer: &Dialer,
+        client: Option<SocketAddr>,
+        timeout: Duration,
+    ) -> io::Result<ToWorkload> {
         match self {
             Self::Unix(path) => {
                 let connected = tokio::time::timeout(timeout, UnixStream::connect(path)).await;
-                connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?.map(Plain::Unix)
+                let stream = connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+                Ok(ToWorkload { io: Plain::Unix(stream), _dial: None })
             }
-            Self::Original(address) => connect_workload(*address, timeout).await.map(Plain::Tcp),
+            Self::Original(address) => {
+                let dialled = dialer.workload(*address, client, timeout).await?;
+                Ok(ToWorkload { io: Plain::Tcp(dialled.stream), _dial: dialled.dial })
+            }
             Self::Tcp(host) => {
                 let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
                 for address in host.resolve(timeout).await? {
-                    match connect(address, timeout).await {
-                        Ok(stream) => return Ok(Plain::Tcp(stream)),
+                    match dialer.workload(address, None, timeout).await {
+                        Ok(dialled) => {
+                            return Ok(ToWorkload { io: Plain::Tcp(dialled.stream), _dial: dialled.dial });
+                        }
                         Err(error) => last = error,
                     }
                 }
                 Err(last)
             }
         }
+    }
+}
+
+/// A connection to the workload, known as ours for as long as it is open.
+#[derive(Debug)]
+pub struct ToWorkload {
+    io: Plain,
+    _dial: Option<Dial>,
+}
+
+impl ToWorkload {
+    /// Makes the coming drop a reset.
+    pub fn abort(&self) {
+        self.io.abort();
+    }
+}
+
+impl AsyncRead for ToWorkload {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().io).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for ToWorkload {
+    super::io::writes_pass!();
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
     }
 }
 
@@ -161,36 +202,4 @@ impl HostPort {
             (Err(error), None) => Err(error),
         }
     }
-}
-
-/// Connects to the workload at the address that a captured connection was for. The socket carries a type of service by
-/// which the rules let it through; without it the connection would be captured again.
-async fn connect_workload(address: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
-    let socket = match address {
-        SocketAddr::V4(_) => TcpSocket::new_v4(),
-        SocketAddr::V6(_) => TcpSocket::new_v6(),
-    }?;
-    match address {
-        SocketAddr::V4(_) => SockRef::from(&socket).set_tos_v4(WORKLOAD_TOS.into()),
-        SocketAddr::V6(_) => SockRef::from(&socket).set_tclass_v6(WORKLOAD_TOS.into()),
-    }?;
-    connected(socket.connect(address), timeout).await
-}
-
-/// Connects to one address within `timeout` and tunes the socket.
-///
-/// # Errors
-/// The system's error, or `TimedOut`.
-pub async fn connect(address: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
-    connected(TcpStream::connect(address), timeout).await
-}
-
-async fn connected(
-    connecting: impl Future<Output = io::Result<TcpStream>>,
-    timeout: Duration,
-) -> io::Result<TcpStream> {
-    let connected = tokio::time::timeout(timeout, connecting).await;
-    let stream = connected.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "no answer in time"))??;
-    tune(&stream);
-    Ok(stream)
 }

@@ -24,6 +24,7 @@ use super::traces::{self, Traces};
 use crate::config::schema::{self, Labels, PolicyMode};
 use crate::identity::keeper::{Counters, Current, SvidState};
 use crate::policy::{Decision, Verdict};
+use crate::proxy::ledger::Fate;
 use crate::proxy::record::{Carries, Cause, ConnectionRecord, Event, RequestRecord};
 use crate::tls::hello::WEAK;
 use crate::tls::reason::Reason;
@@ -68,6 +69,8 @@ pub struct Metrics {
     reloads: IntCounterVec,
     reloaded: Gauge,
     chains: IntCounterVec,
+    plaintext: IntCounterVec,
+    plaintext_listeners: Places<()>,
     http: Http,
     passed: Passed,
     spans: traces::Counts,
@@ -213,6 +216,12 @@ impl Metrics {
                 "Certificate chains of peers that were remembered (hit) or verified anew (miss).",
                 &["result"],
             )?,
+            plaintext: counters(
+                "plaintext_connections_total",
+                "Connections to inbound listeners that were plaintext, by what became of them.",
+                &["listener", "result"],
+            )?,
+            plaintext_listeners: Places::new(MOST_NAMES),
             http: Http::new(&registry)?,
             passed: Passed::new(&registry)?,
             spans: traces::Counts::new(&registry)?,
@@ -355,8 +364,21 @@ impl Metrics {
             Event::PassedTls(watched) => self.passed.tls(watched),
             Event::PassedPlaintext => self.passed.plaintext(listener),
             Event::OfferedWeak(what) => self.offered_weak.with_label_values(&[direction.as_str(), what]).inc(),
+            Event::Plaintext(fate) => self.count_plaintext(listener, fate),
             event => self.http.event(direction, event),
         }
+    }
+
+    fn count_plaintext(&self, listener: &str, fate: Fate) {
+        let forget = |gone: &str, (): &()| {
+            for fate in Fate::ALL.map(Fate::as_str) {
+                // Most of these never were.
+                let _ = self.plaintext.remove_label_values(&[gone, fate]);
+            }
+        };
+        self.plaintext_listeners.visit(listener, true, Instant::now(), forget, |listener, ()| {
+            self.plaintext.with_label_values(&[listener, fate.as_str()]).inc();
+        });
     }
 
     /// A connection was accepted.

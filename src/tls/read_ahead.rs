@@ -35,6 +35,11 @@ impl<S> ReadAhead<S> {
         Self { io, lent: Vec::new(), from: 0, to: 0 }
     }
 
+    /// The same, of which these bytes have been read already and come once more.
+    pub fn resumed(io: S, bytes: Vec<u8>) -> Self {
+        Self { io, from: 0, to: bytes.len(), lent: bytes }
+    }
+
     /// The stream underneath.
     pub fn get_ref(&self) -> &S {
         &self.io
@@ -109,7 +114,10 @@ mod tests {
         let sent: Vec<u8> = (0..200_000u32).map(|n| (n % 251) as u8).collect();
         far.write_all(&sent).await.unwrap();
         drop(far);
-        let mut near = ReadAhead::new(near);
+        let mut first = vec![0; 9];
+        let mut near = near;
+        near.read_exact(&mut first).await.unwrap();
+        let mut near = ReadAhead::resumed(near, first);
         let mut got = Vec::new();
         let mut step = 1;
         loop {

@@ -15,6 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 
+use crate::netns::{Namespace, ROOT};
 use crate::testing::{Issued, Spec, TestCa};
 
 /// How long anything may take before a test gives up on it.
@@ -130,6 +131,8 @@ pub struct Proxy {
     pub running: Running,
     pub admin: SocketAddr,
     pub config: PathBuf,
+    /// Where it runs, if not here.
+    namespace: Option<Namespace>,
 }
 
 impl Proxy {
@@ -139,14 +142,34 @@ impl Proxy {
     }
 
     pub async fn start_with(dir: &Path, name: &str, config: &str, change: impl FnOnce(&mut Command)) -> Self {
+        Self::launch(dir, name, config, None, Command::new(program()), change).await
+    }
+
+    /// The same in a network namespace, where `command` runs the program.
+    pub async fn start_within(place: &Namespace, dir: &Path, name: &str, config: &str, command: Command) -> Self {
+        Self::launch(dir, name, config, Some(place.clone()), command, |_| ()).await
+    }
+
+    /// One that was started by other means.
+    pub fn adopted(running: Running, admin: SocketAddr, config: PathBuf) -> Self {
+        Self { running, admin, config, namespace: None }
+    }
+
+    async fn launch(
+        dir: &Path,
+        name: &str,
+        config: &str,
+        namespace: Option<Namespace>,
+        mut command: Command,
+        change: impl FnOnce(&mut Command),
+    ) -> Self {
         let path = dir.join(format!("{name}.yaml"));
         std::fs::write(&path, with_admin(config)).unwrap();
-        let mut command = Command::new(program());
         command.arg("run").arg("--config").arg(&path);
         change(&mut command);
         let mut running = Running::start(&mut command);
         let admin = running.line("the admin address", |line| field(line, "admin")?.parse().ok()).await;
-        Self { running, admin, config: path }
+        Self { running, admin, config: path, namespace }
     }
 
     /// Writes another config in place of the one in use, as an editor would, by renaming.
@@ -162,7 +185,12 @@ impl Proxy {
     }
 
     pub async fn get(&self, path: &str) -> (u16, String) {
-        get(self.admin, path).await.unwrap_or((0, String::new()))
+        let connected = match &self.namespace {
+            Some(namespace) => namespace.connect(ROOT, self.admin).await,
+            None => TcpStream::connect(self.admin).await,
+        };
+        let answer = async { ask(connected?, path).await };
+        answer.await.unwrap_or((0, String::new()))
     }
 
     pub async fn state(&self) -> serde_json::Value {
@@ -210,7 +238,10 @@ pub fn field(line: &str, name: &str) -> Option<String> {
 
 /// A plain HTTP/1.0 request: status and body.
 pub async fn get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
-    let mut stream = TcpStream::connect(address).await?;
+    ask(TcpStream::connect(address).await?, path).await
+}
+
+async fn ask(mut stream: TcpStream, path: &str) -> std::io::Result<(u16, String)> {
     stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: admin\r\n\r\n").as_bytes()).await?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await?;

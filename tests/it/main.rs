@@ -14,10 +14,12 @@
 mod client;
 mod harness;
 mod load;
+mod netns;
 mod pair;
 mod seen;
 #[path = "../../src/testing.rs"]
 mod testing;
+mod wire;
 
 mod agent;
 mod authority;
@@ -35,12 +37,16 @@ mod http_policy;
 mod hygiene;
 mod openssl;
 mod operations;
+mod passthrough;
 mod peers;
+mod pods;
 mod policy;
 mod postgres;
+mod redirect_rules;
 mod resilience;
 mod restart;
 mod rotation;
+mod sandbox;
 mod sight;
 mod spiffe;
 mod traces;

@@ -17,6 +17,7 @@ use crate::clock::Clock;
 use crate::config::{Config, LoadOptions, parse_with};
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::proxy::inherited::Inherited;
+use crate::sandbox::Sandbox;
 
 /// The trust domain of the demo.
 pub(super) const DOMAIN: &str = "demo.portcullis.example";
@@ -49,7 +50,9 @@ impl Sidecar {
         // The DNS name is for clients that know nothing of SPIFFE, such as the one without a certificate.
         let request = SvidRequest { dns_names: vec!["localhost".into()], ..SvidRequest::new(id) };
         let source = EmbeddedSource::new(authority.clone(), request).map_err(|error| error.to_string())?;
-        let node = Node::start(config, Box::new(source), authority.clock().clone(), traffic, Inherited::none()).await?;
+        let clock = authority.clock().clone();
+        // Several sidecars share this process, and with them the workloads that stand in for real ones.
+        let node = Node::start(config, Box::new(source), clock, traffic, Inherited::none(), Sandbox::off()).await?;
         let listener = node.proxy().listeners().first().and_then(|listener| listener.address.parse().ok());
         let listener = listener.ok_or_else(|| format!("the sidecar of {name} has no listener"))?;
         Ok(Self { name, node, listener })

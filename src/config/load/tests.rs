@@ -77,6 +77,7 @@ fn what_yaml_and_the_schema_refuse_is_told_in_one_line_with_its_place() {
         ("outbound: [{expect: [spiffe://td/a, 'http://a']}]", "1:37: 'http://a' is not a SPIFFE ID: it does not start"),
         ("outbound: [{expect: 'http://a'}]", "1:21: 'http://a' is not a SPIFFE ID: it does not start with"),
         ("tls: {post_quantum: maybe}", "1:21: unknown value 'maybe'; allowed: prefer, require, off"),
+        ("sandbox: strict", "1:10: unknown value 'strict'; allowed: off, prefer, require"),
         ("tls: {max_handshakes: -1}", "1:23: this is not a whole number from 0 up"),
         ("tls: {handshake_timeout: 5}", "1:26: '5' is not a length of time (time unit needed"),
         ("threads: 1\nthreads: 2", "2:1: the key 'threads' is written twice"),

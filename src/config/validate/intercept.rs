@@ -40,15 +40,26 @@ pub(super) fn check(c: &mut Checker<'_>, config: &Config) {
                 }
             }
         }
-        if inbound.is_some_and(|inbound| inbound.preserve_source) && listener.protocol.carries_http() {
-            let what = "requests of several clients share the connections to the workload, so there is no one source \
-                        address to preserve; say `protocol: tcp`, or remove `preserve_source`";
-            c.error(at!["inbound", index, "protocol"], what);
+        if listener.capture.is_some() && inbound.is_some_and(|inbound| inbound.preserve_source) {
+            preserves_source(c, index, listener);
         }
     }
     let outbound = config.intercept.as_ref().and_then(|intercept| intercept.outbound.as_ref());
     for (index, listener) in config.outbound.iter().enumerate() {
         outbound_listener(c, index, listener, outbound.is_some());
+    }
+}
+
+fn preserves_source(c: &mut Checker<'_>, index: usize, listener: &Inbound) {
+    if listener.protocol.carries_http() {
+        let what = "requests of several clients share the connections to the workload, so there is no one source \
+                    address to preserve; say `protocol: tcp`, or remove `preserve_source`";
+        c.error(at!["inbound", index, "protocol"], what);
+    }
+    if listener.to.is_some() {
+        let what = "the workload sees the client's address only where the connection was for; remove `to`, or \
+                    `preserve_source`";
+        c.error(at!["inbound", index, "to"], what);
     }
 }
 
@@ -194,8 +205,27 @@ fn outbound_listener(c: &mut Checker<'_>, index: usize, listener: &Outbound, cap
             c.error(at!["outbound", index, "capture", "http_hosts"], what);
         }
     }
+    if let Some(capture) = &listener.capture
+        && !capture.sni.is_empty()
+        && listener.protocol == Protocol::Http
+    {
+        let what =
+            "server names are seen only where the workload speaks TLS, which `protocol: http` refuses; remove one";
+        c.error(at!["outbound", index, "capture", "sni"], what);
+    }
     if listener.passthrough != Passthrough::Off {
         let at = at!["outbound", index, "passthrough"];
+        if let Some(capture) = &listener.capture
+            && capture.wants_bytes()
+            && capture.addresses.is_empty()
+            && capture.names.is_empty()
+        {
+            let what = format!(
+                "'{}' lets the workload reach any address that it says such a name to; add `addresses` or `names`",
+                listener.name
+            );
+            c.warn(here, what);
+        }
         if listener.capture.is_none() {
             c.error(at, "only captured connections pass through; write `capture` in place of `listen`, or remove it");
         }
@@ -213,3 +243,6 @@ fn outbound_listener(c: &mut Checker<'_>, index: usize, listener: &Outbound, cap
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

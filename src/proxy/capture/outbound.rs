@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use super::first::{self, First, Wants};
 use super::names::{Name, Names};
-use super::{NAME, OwnPorts, refuse};
+use super::{LOOP, NAME, OwnPorts, ours, refuse};
 use crate::config::schema::{CapturedDestinations, Detect, InboundMode, Passthrough, Protocol};
 use crate::policy::http::pattern::HostPattern;
 use crate::proxy::connection::Connection;
@@ -178,6 +178,9 @@ impl OutboundCapture {
             Err(why) => return refuse(accepted, Direction::Outbound, Cause::NotCaptured, why, &shared),
         };
         let mut accepted = accepted.captured(original);
+        if ours(&accepted, &shared).is_some() {
+            return refuse(accepted, Direction::Outbound, Cause::Loop, LOOP.into(), &shared);
+        }
         let Some(declared) = self.declared.load_full() else {
             return refuse(accepted, Direction::Outbound, Cause::Undeclared, "nothing is declared yet".into(), &shared);
         };

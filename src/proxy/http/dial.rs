@@ -20,7 +20,6 @@ use crate::policy::Admitted;
 use crate::proxy::connection::{Connection, deadlines};
 use crate::proxy::listener::Client;
 use crate::proxy::record::{Carries, Cause, RequestCause};
-use crate::proxy::upstream;
 use crate::tls::record::Direction;
 use crate::tls::{Alpn, Authenticated, Offer, ReadAhead, client};
 
@@ -40,10 +39,10 @@ const MAX_RESPONSE_HEAD: usize = 256 * 1024;
 /// Opens a connection to `endpoint`.
 pub(super) async fn dial(pool: &Arc<Pool>, endpoint: &Arc<Endpoint>, want: Want) -> Result<Lease, Failed> {
     match (&pool.route, &endpoint.at) {
-        (Route::Workload { target, connect_timeout }, _) => {
+        (Route::Workload { target, dialer, connect_timeout }, _) => {
             let place = place(endpoint, want, *connect_timeout).await?;
             let io = target
-                .connect(*connect_timeout)
+                .connect(dialer, None, *connect_timeout)
                 .await
                 .map_err(|error| Failed::unreachable(&error, format!("{target}: {error}")))?;
             let begun = begin(io, want == Want::Http2, false, None, None, place).await;
@@ -86,7 +85,7 @@ async fn mesh(pool: &Arc<Pool>, endpoint: &Arc<Endpoint>, want: Want) -> Result<
     connection.set_local(&local);
     connection.upstream = Some(format!("{} ({address})", name.to_str()));
     let place = place(endpoint, want, route.connect_timeout).await?;
-    let stream = upstream::connect(*address, route.connect_timeout).await.map_err(|error| {
+    let dialled = route.dialer.upstream(*address, route.connect_timeout).await.map_err(|error| {
         connection.end(Cause::Unreachable, format!("{address}: {error}"));
         Failed::unreachable(&error, format!("{address}: {error}"))
     })?;
@@ -97,7 +96,7 @@ async fn mesh(pool: &Arc<Pool>, endpoint: &Arc<Endpoint>, want: Want) -> Result<
     };
     let deadline = Instant::now() + route.profile.handshake_timeout;
     let (record, authenticated) =
-        client::connect(ReadAhead::new(stream), name.clone(), tls, offer, &route.slots, deadline).await;
+        client::connect(ReadAhead::new(dialled.stream), name.clone(), tls, offer, &route.slots, deadline).await;
     connection.handshake(&record);
     let Some(authenticated) = authenticated else {
         let why = record.failure.map(|failure| failure.to_string()).unwrap_or_default();

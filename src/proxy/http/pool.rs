@@ -17,6 +17,7 @@ use super::dial;
 use super::endpoint::{At, Endpoint, Lease, Speaks, Taken};
 use crate::config::schema::{Connections, OutboundHttp};
 use crate::policy::Expected;
+use crate::proxy::dialer::Dialer;
 use crate::proxy::listener::Shared;
 use crate::proxy::record::{Event, RequestCause};
 use crate::proxy::upstream::{HostPort, Target};
@@ -47,7 +48,7 @@ pub(super) enum Want {
 #[derive(Debug)]
 pub(super) enum Route {
     /// In plaintext to the workload.
-    Workload { target: Target, connect_timeout: Duration },
+    Workload { target: Target, dialer: Dialer, connect_timeout: Duration },
     /// Through the gate to an upstream.
     Mesh(Box<Mesh>),
 }
@@ -67,6 +68,8 @@ pub struct Mesh {
     pub slots: Arc<Semaphore>,
     /// Limits and timeouts.
     pub limits: Connections,
+    /// How its addresses are dialled.
+    pub dialer: Dialer,
     /// How long one address may take to accept.
     pub connect_timeout: Duration,
 }
@@ -140,7 +143,7 @@ pub struct Pool {
 
 impl Pool {
     /// For requests to the workload.
-    pub fn workload(shared: &Arc<Shared>, listener: &str, target: Target) -> Arc<Self> {
+    pub fn workload(shared: &Arc<Shared>, listener: &str, target: Target, dialer: Dialer) -> Arc<Self> {
         let name = target.to_string();
         let options = OutboundHttp {
             max_http1_connections: 4096,
@@ -149,8 +152,8 @@ impl Pool {
             eject_after: u32::MAX,
             ..Default::default()
         };
-        let pool =
-            Self::new(shared, listener, Route::Workload { target, connect_timeout: WORKLOAD_TIMEOUT }, options, &name);
+        let route = Route::Workload { target, dialer, connect_timeout: WORKLOAD_TIMEOUT };
+        let pool = Self::new(shared, listener, route, options, &name);
         pool.endpoints.store(Arc::new(vec![Arc::new(Endpoint::new(At::Workload, pool.options.max_http1_connections))]));
         pool
     }

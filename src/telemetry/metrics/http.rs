@@ -231,6 +231,8 @@ impl Http {
             // Counted by `Passed`.
             Event::PassedTls(_) | Event::OfferedWeak(_) | Event::PassedPlaintext => {}
             Event::Detected(result) => self.detected.with_label_values(&[direction.as_str(), result]).inc(),
+            // No request, and counted beside them.
+            Event::Plaintext(_) => {}
             Event::Retried => self.retried.inc(),
             Event::RetryRefused => self.retry_refused.inc(),
             Event::Ejected => self.ejected.inc(),

@@ -295,3 +295,17 @@ fn every_metric_has_our_prefix_and_says_what_it_is() {
         assert!(words[2].starts_with("portcullis_") && !words[3].is_empty(), "{line}");
     }
 }
+
+#[test]
+fn plaintext_is_counted_by_listener_and_result_and_beside_requests() {
+    let metrics = Metrics::new(&labels(), 10, false).unwrap();
+    for (fate, times) in [(Fate::Refused, 3), (Fate::Audited, 2), (Fate::Allowed, 1)] {
+        for _ in 0..times {
+            metrics.event(Direction::Inbound, "api", Event::Plaintext(fate));
+        }
+    }
+    let count = |result| value(&metrics, "portcullis_plaintext_connections_total", &["listener=\"api\"", result]);
+    assert_eq!(count("result=\"refused\""), Some(3.0));
+    assert_eq!(count("result=\"audited\""), Some(2.0));
+    assert_eq!(count("result=\"allowed\""), Some(1.0));
+}

@@ -1,0 +1,180 @@
+//! `portcullis redirect`: the rules that bring a workload's traffic to the proxy.
+//!
+//! Run once, by an init container or a systemd unit, before the proxy. It needs CAP_NET_ADMIN in the network namespace, and
+//! CAP_SYS_ADMIN besides to enter another one.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::ValueEnum;
+
+use super::{Failure, Outcome, Streams};
+use crate::config::load;
+use crate::intercept::declared::{RESOLV_CONF, resolvers};
+use crate::intercept::{self, Applied, Backend, InboundMode, Plan, Standing};
+
+/// What `redirect` does.
+#[derive(Debug, clap::Subcommand)]
+pub enum RedirectCommand {
+    /// Make the rules that the config declares under `intercept`. Connections that are open live on.
+    Apply(ApplyArgs),
+    /// Remove every rule that `apply` has made.
+    Remove(RemoveArgs),
+    /// Print the rules, without making any.
+    Show(ShowArgs),
+}
+
+/// Where the config is.
+#[derive(Debug, clap::Args)]
+pub struct ConfigArgs {
+    /// The config file.
+    #[arg(short, long, value_name = "FILE", env = "PORTCULLIS_CONFIG")]
+    pub config: PathBuf,
+}
+
+/// Arguments of `redirect apply`.
+#[derive(Debug, clap::Args)]
+pub struct ApplyArgs {
+    /// The config file.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// The network namespace, if not this process's own: /run/netns/NAME or /proc/PID/ns/net.
+    #[arg(long, value_name = "PATH")]
+    pub netns: Option<PathBuf>,
+    /// What the rules are written with.
+    #[arg(long, value_enum, default_value_t = Mode::Auto)]
+    pub mode: Mode,
+}
+
+/// Arguments of `redirect remove`.
+#[derive(Debug, clap::Args)]
+pub struct RemoveArgs {
+    /// The network namespace, if not this process's own: /run/netns/NAME or /proc/PID/ns/net.
+    #[arg(long, value_name = "PATH")]
+    pub netns: Option<PathBuf>,
+}
+
+/// Arguments of `redirect show`.
+#[derive(Debug, clap::Args)]
+pub struct ShowArgs {
+    /// The config file.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// The form of the rules.
+    #[arg(long, value_enum, default_value_t = Format::Nft)]
+    pub format: Format,
+}
+
+/// What rules are written with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// nf_tables, and iptables where the kernel has none.
+    Auto,
+    /// nf_tables, over netlink. Needs no other program.
+    Nft,
+    /// The programs iptables-restore and ip6tables-restore.
+    Iptables,
+}
+
+/// How rules are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// As `nft -f` reads them.
+    Nft,
+    /// As `iptables-restore --noflush` and `ip6tables-restore --noflush` read them, one after the other.
+    Iptables,
+}
+
+/// Does what a subcommand of `redirect` says.
+///
+/// # Errors
+/// Why it could not.
+pub fn redirect(command: &RedirectCommand, streams: &mut Streams<'_>) -> Outcome {
+    match command {
+        RedirectCommand::Apply(args) => apply(args, streams),
+        RedirectCommand::Remove(args) => remove(args, streams),
+        RedirectCommand::Show(args) => show(args, streams),
+    }
+}
+
+fn apply(args: &ApplyArgs, streams: &mut Streams<'_>) -> Outcome {
+    let plan = plan(&args.config.config)?;
+    let applied = inside(args.netns.as_deref(), || {
+        let applied = match args.mode {
+            Mode::Auto => intercept::apply(&plan),
+            Mode::Nft => intercept::apply_with(&plan, Backend::Nftables),
+            Mode::Iptables => intercept::apply_with(&plan, Backend::Iptables),
+        }?;
+        // The kernel took them; this says that nobody else undid them in the same moment.
+        Ok((applied, intercept::standing(&plan)?))
+    })?;
+    match applied {
+        (applied, Standing::Whole) => writeln!(streams.out, "{}", told(&plan, applied))?,
+        (_, Standing::Missing) => return Err(Failure::new("the rules were applied, and something has removed them")),
+        (_, Standing::Differs(what)) => {
+            return Err(Failure::new(format!(
+                "the rules were applied, and something changes them: {}",
+                what.join("; ")
+            )));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn told(plan: &Plan, applied: Applied) -> String {
+    let backend = match applied.backend {
+        Backend::Nftables => "nf_tables",
+        Backend::Iptables => "iptables",
+    };
+    let inbound = plan.inbound.as_ref().map(|inbound| {
+        let how = match inbound.mode {
+            InboundMode::Redirect => "redirect",
+            InboundMode::Tproxy { preserve_source: false, .. } => "tproxy",
+            InboundMode::Tproxy { preserve_source: true, .. } => "tproxy, with the client's address",
+        };
+        format!("; inbound to port {} by {how}", inbound.port)
+    });
+    let outbound = plan.outbound.as_ref().map(|outbound| format!("; outbound to port {}", outbound.port));
+    let Applied { chains, rules, .. } = applied;
+    format!(
+        "applied {rules} rules in {chains} chains by {backend}{}{}",
+        inbound.unwrap_or_default(),
+        outbound.unwrap_or_default()
+    )
+}
+
+fn remove(args: &RemoveArgs, streams: &mut Streams<'_>) -> Outcome {
+    inside(args.netns.as_deref(), intercept::remove)?;
+    writeln!(streams.out, "removed: no rule of portcullis is left")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show(args: &ShowArgs, streams: &mut Streams<'_>) -> Outcome {
+    let plan = plan(&args.config.config)?;
+    match args.format {
+        Format::Nft => write!(streams.out, "{}", intercept::nft_text(&plan))?,
+        Format::Iptables => {
+            let (v4, v6) = intercept::iptables_text(&plan);
+            write!(streams.out, "# IPv4\n{v4}\n# IPv6\n{v6}")?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a config wants to have captured.
+fn plan(config: &Path) -> Result<Plan, Failure> {
+    let loaded = load(config)?;
+    Plan::declared(&loaded.config, &resolvers(Path::new(RESOLV_CONF)))
+        .ok_or_else(|| Failure::new(format!("{}: nothing is captured; declare it under `intercept`", config.display())))
+}
+
+fn inside<T: Send>(
+    netns: Option<&Path>,
+    work: impl FnOnce() -> Result<T, intercept::Error> + Send,
+) -> Result<T, Failure> {
+    match netns {
+        None => work(),
+        Some(path) => intercept::in_netns(path, work).and_then(|done| done),
+    }
+    .map_err(Failure::new)
+}

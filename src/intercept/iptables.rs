@@ -1,0 +1,292 @@
+//! Rules by the programs iptables-restore and ip6tables-restore, for kernels without nf_tables.
+//!
+//! In: a [`Ruleset`]. Out: chains of ours and a jump to each, put in front once. What is there is read from the save program.
+
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use super::iptables_text::{PREFIX, Present, built_in, name_of, table_of, text};
+use super::rules::{Chain, Family, Ruleset};
+use super::{Error, nftables};
+
+/// How long a program may take, the wait for another one's lock included.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// What is read of a program's output at most, in bytes.
+const OUTPUT: u64 = 16 * 1024 * 1024;
+/// The variants by preference: a kernel without nf_tables has only the first.
+const VARIANTS: [&str; 2] = ["-legacy", ""];
+
+/// Puts these rules in place of those of ours that are there.
+///
+/// # Errors
+/// Why it could not.
+pub(super) fn apply(ruleset: &Ruleset) -> Result<(), Error> {
+    let mut variant = None;
+    for name in VARIANTS {
+        match save(Family::V4, name) {
+            Err(Failed::Missing) => {}
+            Err(Failed::Other(why)) => return Err(Error::new(why)),
+            Ok(_) => {
+                variant = Some(name);
+                break;
+            }
+        }
+    }
+    let variant = variant.ok_or_else(|| {
+        Error::new("neither iptables-legacy-restore nor iptables-restore is there; install the package iptables")
+    })?;
+    for family in Family::BOTH {
+        let saved = save(family, variant)?;
+        restore(family, variant, &text(ruleset, family, &present(&saved)))?;
+    }
+    Ok(())
+}
+
+/// Takes away all that is ours. That there is nothing is fine.
+///
+/// # Errors
+/// Why it could not.
+pub(super) fn remove() -> Result<(), Error> {
+    if !may_be_there() {
+        return Ok(());
+    }
+    let nothing = Ruleset { timeouts: Vec::new(), chains: Vec::new(), routing: None };
+    for variant in VARIANTS {
+        for family in Family::BOTH {
+            let present = match save(family, variant) {
+                Ok(saved) => present(&saved),
+                Err(Failed::Missing) => continue,
+                Err(Failed::Other(why)) => return Err(Error::new(why)),
+            };
+            if present != Present::default() {
+                restore(family, variant, &text(&nothing, family, &present))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What is missing or different, a line each; none if nothing of ours is there.
+///
+/// # Errors
+/// Why it cannot be read.
+pub(super) fn differences(ruleset: &Ruleset) -> Result<Option<Vec<String>>, Error> {
+    if !may_be_there() {
+        return Ok(None);
+    }
+    let mut all = None;
+    for variant in VARIANTS {
+        let mut differences = Vec::new();
+        let mut there = false;
+        for family in Family::BOTH {
+            let saved = match save(family, variant) {
+                Ok(saved) => saved,
+                Err(Failed::Missing) => continue,
+                Err(Failed::Other(why)) => return Err(Error::new(why)),
+            };
+            there |= present(&saved) != Present::default();
+            differences.extend(compare(ruleset, family, &saved));
+        }
+        if there {
+            all = Some(differences);
+            break;
+        }
+    }
+    Ok(all)
+}
+
+/// Compares what decides, rule by rule; the rest each version of the program says in its own way.
+fn compare(ruleset: &Ruleset, family: Family, saved: &str) -> Vec<String> {
+    let wanted = text(ruleset, family, &Present::default());
+    let mut differences = Vec::new();
+    for chain in &ruleset.chains {
+        let (table, name) = (table_of(chain), name_of(chain));
+        if essence(&wanted, table, &name) != essence(saved, table, &name) {
+            differences.push(format!("chain {name} of table {table} ({family:?}) is another"));
+        }
+        if let Some(from) = built_in(chain)
+            && !jumps_first(saved, chain, from)
+        {
+            differences
+                .push(format!("chain {from} of table {table} ({family:?}) does not begin with a jump to {name}"));
+        }
+    }
+    differences
+}
+
+/// What is compared of a rule: flags that take one value and are written alike by whoever saves.
+const DECIDING: [&str; 16] = [
+    "-p",
+    "-s",
+    "-d",
+    "-i",
+    "-o",
+    "-j",
+    "-g",
+    "--sport",
+    "--dport",
+    "--uid-owner",
+    "--gid-owner",
+    "--dscp",
+    "--ctstate",
+    "--dst-type",
+    "--to-ports",
+    "--on-port",
+];
+
+/// The rules of a chain as sorted flags with their values. A negation stays in front of its flag.
+fn essence(saved: &str, table: &str, chain: &str) -> Vec<Vec<String>> {
+    lines_of(saved, table, chain)
+        .map(|line| {
+            // Comments are quoted, and in them nothing decides.
+            let plain: String = line.split('"').step_by(2).collect();
+            let words: Vec<&str> = plain.split_ascii_whitespace().collect();
+            let mut before = "";
+            let mut parts = Vec::new();
+            for pair in words.windows(2) {
+                if let [flag, value] = pair
+                    && DECIDING.contains(flag)
+                {
+                    let value = value.strip_suffix("/32").or_else(|| value.strip_suffix("/128")).unwrap_or(value);
+                    let negated = if before == "!" { "! " } else { "" };
+                    parts.push(format!("{negated}{flag} {value}"));
+                }
+                before = pair.first().copied().unwrap_or_default();
+            }
+            parts.sort_unstable();
+            parts
+        })
+        .collect()
+}
+
+fn jumps_first(saved: &str, chain: &Chain, from: &str) -> bool {
+    lines_of(saved, table_of(chain), from).next().is_some_and(|line| line.ends_with(&format!(" -j {}", name_of(chain))))
+}
+
+/// The rules of a chain in what a save program has written.
+fn lines_of<'a>(saved: &'a str, table: &'a str, chain: &'a str) -> impl Iterator<Item = &'a str> {
+    let mut current = "";
+    saved.lines().filter(move |line| {
+        if let Some(name) = line.strip_prefix('*') {
+            current = name;
+        }
+        current == table && line.strip_prefix("-A ").and_then(|rule| rule.split(' ').next()) == Some(chain)
+    })
+}
+
+fn present(saved: &str) -> Present {
+    let (mut found, mut table) = (Present::default(), "");
+    for line in saved.lines() {
+        if let Some(name) = line.strip_prefix('*') {
+            table = name;
+        } else if let Some(chain) = line.strip_prefix(':').and_then(|chain| chain.split(' ').next()) {
+            if chain.starts_with(PREFIX) {
+                found.chains.insert((table.to_owned(), chain.to_owned()));
+            }
+        } else if let ["-A", from, "-j", to] = line.split(' ').collect::<Vec<_>>().as_slice()
+            && to.starts_with(PREFIX)
+            && !from.starts_with(PREFIX)
+        {
+            found.jumps.insert((table.to_owned(), (*from).to_owned(), (*to).to_owned()));
+        }
+    }
+    found
+}
+
+/// Whether iptables has been used here at all. The programs take longer than all the rest.
+fn may_be_there() -> bool {
+    let used = |file: &str| {
+        std::fs::read_to_string(format!("/proc/thread-self/net/{file}")).is_ok_and(|tables| !tables.trim().is_empty())
+    };
+    used("ip_tables_names") || used("ip6_tables_names") || nftables::has_chain_like(PREFIX)
+}
+
+#[derive(Debug)]
+enum Failed {
+    /// The program is not installed.
+    Missing,
+    Other(String),
+}
+
+impl From<Failed> for Error {
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::Missing => Self::new("ip6tables is not there, although iptables is; install the package iptables"),
+            Failed::Other(why) => Self::new(why),
+        }
+    }
+}
+
+fn program(family: Family, variant: &str, verb: &str) -> String {
+    let of = match family {
+        Family::V4 => "iptables",
+        Family::V6 => "ip6tables",
+    };
+    format!("{of}{variant}-{verb}")
+}
+
+fn save(family: Family, variant: &str) -> Result<String, Failed> {
+    run(&program(family, variant, "save"), &[], "")
+}
+
+fn restore(family: Family, variant: &str, input: &str) -> Result<(), Failed> {
+    run(&program(family, variant, "restore"), &["--noflush", "--wait", "5"], input).map(|_| ())
+}
+
+/// Runs a program to its end and returns what it has written.
+fn run(program: &str, arguments: &[&str], input: &str) -> Result<String, Failed> {
+    let deadline = Instant::now() + PATIENCE;
+    let piped = |command: &mut Command| {
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
+    };
+    let mut child = piped(&mut Command::new(program)).map_err(|why| match why.kind() {
+        std::io::ErrorKind::NotFound => Failed::Missing,
+        _ => Failed::Other(format!("cannot start {program}: {why}")),
+    })?;
+    let (tell, told) = mpsc::channel();
+    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    let input = input.as_bytes().to_vec();
+    // Each pipe has a thread, or one that is full would stop the others. They end with the program.
+    std::thread::spawn(move || stdin.map(|mut stdin| stdin.write_all(&input)));
+    let errors = std::thread::spawn(move || read(stderr));
+    std::thread::spawn(move || tell.send(read(stdout)));
+    let Ok(output) = told.recv_timeout(PATIENCE) else {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(Failed::Other(format!(
+            "{program} did not end within {} seconds and was stopped",
+            PATIENCE.as_secs()
+        )));
+    };
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break status,
+            Ok(None) if Instant::now() < deadline => std::thread::park_timeout(Duration::from_millis(1)),
+            _ => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(Failed::Other(format!("{program} did not end and was stopped")));
+            }
+        }
+    };
+    if status.success() {
+        return Ok(output);
+    }
+    let errors = errors.join().unwrap_or_default();
+    let said: Vec<&str> = errors.lines().map(str::trim).filter(|line| !line.is_empty()).take(3).collect();
+    Err(Failed::Other(format!("{program}: {status}: {}", said.join("; "))))
+}
+
+fn read(pipe: Option<impl Read>) -> String {
+    let mut bytes = Vec::new();
+    if let Some(pipe) = pipe {
+        // What was read before an error is of use still.
+        let _ = pipe.take(OUTPUT).read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests;
