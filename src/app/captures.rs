@@ -12,6 +12,7 @@ use super::{ApplyError, House, Proxy};
 use crate::config::Config;
 use crate::config::intercept;
 use crate::config::schema::{CapturedPorts, Connections, InboundMode, Plaintext};
+use crate::intercept::Arrivals;
 use crate::policy::Passage;
 use crate::proxy::capture::{InboundCapture, OutboundCapture, OwnPorts, Terms};
 use crate::proxy::dialer::Dialer;
@@ -30,6 +31,7 @@ const DIAL: Duration = Duration::from_secs(3);
 pub(super) struct Captures {
     inbound: Option<Arc<InboundCapture>>,
     outbound: Option<Arc<OutboundCapture>>,
+    arrivals: Arc<Arrivals>,
     sockets: Vec<(Listener, Way)>,
     stop: watch::Sender<bool>,
 }
@@ -51,7 +53,8 @@ impl Captures {
         let own = OwnPorts(ports.into_iter().flatten().collect());
         let mut captures = Self::default();
         if let Some(inbound) = &intercept.inbound {
-            captures.inbound = Some(Arc::new(InboundCapture::new(inbound.mode, own.clone())));
+            let arrivals = Arc::clone(&captures.arrivals);
+            captures.inbound = Some(Arc::new(InboundCapture::new(inbound.mode, own.clone(), arrivals)));
             let transparent = inbound.mode == InboundMode::Tproxy;
             let everywhere = [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()];
             captures.listen(everywhere, inbound.port, transparent, Way::Inbound, inherited)?;
@@ -111,6 +114,11 @@ impl Captures {
     /// Whether a live connection that passes through would still do so; the cause if not.
     pub(super) fn rejudge(&self, entry: &Entry, passed: &Passed) -> Option<Cause> {
         self.outbound.as_ref().and_then(|capture| capture.rejudge(entry, passed))
+    }
+
+    /// The probes that come in at the inbound capture.
+    pub(super) fn arrivals(&self) -> Arc<Arrivals> {
+        Arc::clone(&self.arrivals)
     }
 
     #[cfg(test)]

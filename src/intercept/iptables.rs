@@ -3,6 +3,7 @@
 //! In: a [`Ruleset`]. Out: chains of ours and a jump to each, put in front once. What is there is read from the save program.
 
 use std::io::{Read, Write};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -37,7 +38,7 @@ pub(super) fn apply(ruleset: &Ruleset) -> Result<(), Error> {
     let variant = variant.ok_or_else(|| {
         Error::new("neither iptables-legacy-restore nor iptables-restore is there; install the package iptables")
     })?;
-    for family in Family::BOTH {
+    for family in families() {
         let saved = save(family, variant)?;
         restore(family, variant, &text(ruleset, family, &present(&saved)))?;
     }
@@ -54,7 +55,7 @@ pub(super) fn remove() -> Result<(), Error> {
     }
     let nothing = Ruleset { timeouts: Vec::new(), chains: Vec::new(), routing: None };
     for variant in VARIANTS {
-        for family in Family::BOTH {
+        for family in families() {
             let present = match save(family, variant) {
                 Ok(saved) => present(&saved),
                 Err(Failed::Missing) => continue,
@@ -80,7 +81,7 @@ pub(super) fn differences(ruleset: &Ruleset) -> Result<Option<Vec<String>>, Erro
     for variant in VARIANTS {
         let mut differences = Vec::new();
         let mut there = false;
-        for family in Family::BOTH {
+        for family in families() {
             let saved = match save(family, variant) {
                 Ok(saved) => saved,
                 Err(Failed::Missing) => continue,
@@ -193,6 +194,12 @@ fn present(saved: &str) -> Present {
         }
     }
     found
+}
+
+/// Those that the kernel speaks: without IPv6 there is nothing to be captured of it, and ip6tables fails.
+fn families() -> impl Iterator<Item = Family> {
+    let v6 = Path::new("/proc/thread-self/net/if_inet6").exists();
+    Family::BOTH.into_iter().filter(move |family| *family == Family::V4 || v6)
 }
 
 /// Whether iptables has been used here at all. The programs take longer than all the rest.

@@ -198,10 +198,11 @@ fn protocol_name(number: u8) -> String {
 }
 
 fn states_text(states: u32) -> String {
+    // In the order in which the save programs write them.
     let names = [
         (state::INVALID, "INVALID"),
-        (state::ESTABLISHED, "ESTABLISHED"),
         (state::NEW, "NEW"),
+        (state::ESTABLISHED, "ESTABLISHED"),
         (state::UNTRACKED, "UNTRACKED"),
     ];
     let names: Vec<&str> = names.iter().filter(|(bit, _)| states & bit != 0).map(|(_, name)| *name).collect();

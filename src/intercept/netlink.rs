@@ -10,13 +10,17 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
-use rustix::net::sockopt::{Timeout, set_socket_recv_buffer_size, set_socket_timeout};
+use rustix::net::sockopt::{
+    Timeout, set_socket_recv_buffer_size, set_socket_send_buffer_size_force, set_socket_timeout,
+};
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 /// How long the kernel may take for one request.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// One answer at most: the kernel fills no more than 32 KiB of a dump at a time.
 const ANSWER: usize = 64 * 1024;
+/// A request at most: rules for lists as long as a config may have them take a few MiB.
+const LONGEST: usize = 16 * 1024 * 1024;
 /// A whole dump at most, in messages.
 const DUMP: usize = 65_536;
 /// An attribute at most, header included: its length is a u16.
@@ -239,6 +243,8 @@ impl Netlink {
         let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, protocol)?;
         // Each message of a batch that fails has an answer of its own.
         set_socket_recv_buffer_size(&socket, 1024 * 1024)?;
+        // Takes CAP_NET_ADMIN, without which nothing long is sent anyway.
+        let _ = set_socket_send_buffer_size_force(&socket, LONGEST);
         Ok(Self { socket, buffer: vec![0; ANSWER] })
     }
 

@@ -24,8 +24,11 @@ const DELCHAIN: u16 = message(5);
 const NEWRULE: u16 = message(6);
 const GETRULE: u16 = message(7);
 const DELRULE: u16 = message(8);
+const GETGEN: u16 = message(16);
 const NEWOBJ: u16 = message(18);
 
+const NFNL_BATCH_GENID: u16 = 1;
+const NFTA_GEN_ID: u16 = 1;
 const NFTA_TABLE_NAME: u16 = 1;
 const NFTA_TABLE_FLAGS: u16 = 2;
 const NFTA_CHAIN_TABLE: u16 = 1;
@@ -118,13 +121,37 @@ fn hook(hook: Hook) -> u32 {
 /// Why the kernel refuses; nothing is changed then.
 pub(super) fn apply(ruleset: &Ruleset) -> Result<(), Failed> {
     let mut netlink = Netlink::open(Some(NETFILTER))?;
-    let chains = chains_of(&mut netlink)?;
-    netlink.transact(&replacement(ruleset, &chains))
+    for _ in 1..TRIES {
+        match attempt(&mut netlink, ruleset) {
+            Err(failed) if matches!(failed.errno, Errno::RESTART | Errno::INTR) => {}
+            done => return done,
+        }
+    }
+    attempt(&mut netlink, ruleset)
 }
 
-fn replacement(ruleset: &Ruleset, found: &[FoundChain]) -> Request {
+/// `ERESTART`: somebody has changed rules between our look at them and the batch, which then does nothing.
+fn attempt(netlink: &mut Netlink, ruleset: &Ruleset) -> Result<(), Failed> {
+    let generation = generation(netlink)?;
+    let chains = chains(netlink)?;
+    netlink.transact(&replacement(ruleset, &chains, generation))
+}
+
+/// The number of the rules of this network namespace, all tables together. Each change makes it another.
+fn generation(netlink: &mut Netlink) -> Result<u32, Errno> {
     let mut request = Request::default();
-    begin(&mut request);
+    request.message(GETGEN, ACK, &HEADER, &Attributes::default());
+    let mut generation = None;
+    netlink.dump(&request, |body| {
+        let body = body.get(HEADER.len()..).unwrap_or_default();
+        generation = attribute(body, NFTA_GEN_ID).and_then(|id| id.u32());
+    })?;
+    generation.ok_or(Errno::BADMSG)
+}
+
+fn replacement(ruleset: &Ruleset, found: &[FoundChain], generation: u32) -> Request {
+    let mut request = Request::default();
+    begin(&mut request, &Attributes::default().u32(NFNL_BATCH_GENID, generation));
     request.message(NEWTABLE, CREATE, &HEADER, &table().u32(NFTA_TABLE_FLAGS, 0));
     // Of the whole table. Jumps are gone with the rules, so chains can go too.
     request.message(DELRULE, 0, &HEADER, &Attributes::default().text(NFTA_RULE_TABLE, TABLE));
@@ -155,7 +182,7 @@ fn replacement(ruleset: &Ruleset, found: &[FoundChain]) -> Request {
 pub(super) fn remove() -> Result<(), Failed> {
     let mut netlink = Netlink::open(Some(NETFILTER))?;
     let mut request = Request::default();
-    begin(&mut request);
+    begin(&mut request, &Attributes::default());
     // What exists can be removed whether it was there or not, in one batch.
     request.message(NEWTABLE, CREATE, &HEADER, &table());
     request.message(DELTABLE, ACK, &HEADER, &table());
@@ -263,10 +290,6 @@ fn flags(netlink: &mut Netlink) -> Result<Option<u32>, Errno> {
     Ok(flags)
 }
 
-fn chains_of(netlink: &mut Netlink) -> Result<Vec<FoundChain>, Errno> {
-    again(|| chains(netlink))
-}
-
 fn chains(netlink: &mut Netlink) -> Result<Vec<FoundChain>, Errno> {
     let mut request = Request::default();
     request.message(GETCHAIN, DUMP_FLAG, &HEADER, &Attributes::default());
@@ -308,8 +331,8 @@ fn batch_header() -> [u8; 4] {
     [0, 0, high, low]
 }
 
-fn begin(request: &mut Request) {
-    request.message(NFNL_MSG_BATCH_BEGIN, 0, &batch_header(), &Attributes::default());
+fn begin(request: &mut Request, attributes: &Attributes) {
+    request.message(NFNL_MSG_BATCH_BEGIN, 0, &batch_header(), attributes);
 }
 
 fn end(request: &mut Request) {

@@ -11,11 +11,14 @@ use crate::config::schema::InboundMode;
 /// The destination that `stream` had before it was captured: what SO_ORIGINAL_DST or IP6T_SO_ORIGINAL_DST says of a
 /// translated one, the local address of one that was handed over as it was. IPv4 in IPv6 form comes out as IPv4.
 ///
+/// With `tproxy` only what comes from elsewhere is handed over as it was, never for loopback; a call of our own host to its
+/// own address is translated to loopback in either mode.
+///
 /// # Errors
 /// The system's: `ENOENT` or `ENOPROTOOPT` where nothing was translated.
 pub fn original_destination(stream: &TcpStream, mode: InboundMode) -> io::Result<SocketAddr> {
     let local = stream.local_addr()?;
-    if mode == InboundMode::Tproxy {
+    if mode == InboundMode::Tproxy && !local.ip().to_canonical().is_loopback() {
         return Ok(canonical(local));
     }
     let socket = SockRef::from(stream);

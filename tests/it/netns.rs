@@ -127,26 +127,25 @@ impl Namespace {
 
     /// `program` as this user in here. It dies with the test, and if the test is killed, too.
     pub fn command(&self, uid: u32, program: impl AsRef<OsStr>) -> Command {
+        self.command_with(uid, &[], program)
+    }
+
+    /// The same. Where the user is not root, it has these capabilities and can get no others.
+    pub fn command_with(&self, uid: u32, capabilities: &[&str], program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path())).args(["--", "setpriv", "--pdeathsig", "KILL"]);
         if uid != ROOT {
             let uid = uid.to_string();
-            command.args([
-                "--reuid",
-                &uid,
-                "--regid",
-                &uid,
-                "--clear-groups",
-                "--inh-caps=-all",
-                "--bounding-set=-all",
-            ]);
+            let only: String = capabilities.iter().map(|name| format!(",+{name}")).collect();
+            command.args(["--reuid", &uid, "--regid", &uid, "--clear-groups"]);
+            command.args(["inh-caps", "ambient-caps", "bounding-set"].map(|set| format!("--{set}=-all{only}")));
         }
         command.arg("--").arg(program).current_dir("/").env_remove("SPIFFE_ENDPOINT_SOCKET");
         command
     }
 
     /// Has `ip` do all of this in order.
-    fn ip(&self, lines: &str) -> io::Result<()> {
+    pub fn ip(&self, lines: &str) -> io::Result<()> {
         let mut ip = std::process::Command::new("nsenter")
             .arg(format!("--net={}", self.path()))
             .args(["--", "ip", "-batch", "-"])
@@ -165,7 +164,7 @@ impl Namespace {
 }
 
 /// Gives this thread, and no other of the process, to a user who has no capabilities.
-fn become_user(uid: u32) {
+pub fn become_user(uid: u32) {
     if uid == ROOT {
         return;
     }
@@ -185,7 +184,7 @@ pub fn adopt(socket: Socket) -> io::Result<TcpStream> {
 }
 
 /// Whether this machine lets a test make namespaces with wires between them.
-fn available() -> Result<(), String> {
+pub fn available() -> Result<(), String> {
     static ANSWER: OnceLock<Result<(), String>> = OnceLock::new();
     let ask = || {
         if !rustix::process::geteuid().is_root() {
@@ -203,7 +202,7 @@ fn available() -> Result<(), String> {
 
 /// Says on the real standard error, not only into the output that the test runner keeps, that a test was skipped; and
 /// leaves a line where `tests/run` counts.
-fn skipped(why: &str, place: &std::panic::Location<'_>) {
+pub fn skipped(why: &str, place: &std::panic::Location<'_>) {
     let thread = std::thread::current();
     // With one thread the test runner does not name it after the test.
     let place = place.to_string();
@@ -319,9 +318,15 @@ impl Pod {
 
     /// `portcullis run` as the proxy's user.
     pub async fn proxy(&self, domain: &Domain, config: &str) -> Proxy {
+        self.proxy_with(domain, config, &[]).await
+    }
+
+    /// The same with these capabilities.
+    pub async fn proxy_with(&self, domain: &Domain, config: &str, capabilities: &[&str]) -> Proxy {
         hand_over(domain.path(), PROXY);
         let program = within_reach(Path::new(program()), domain.path());
-        Proxy::start_within(&self.namespace, domain.path(), self.name, config, self.command(PROXY, program)).await
+        let command = self.command_with(PROXY, capabilities, program);
+        Proxy::start_within(&self.namespace, domain.path(), self.name, config, command).await
     }
 }
 

@@ -147,10 +147,10 @@ outbound: [{ name: out, capture: { ports: [443] }, passthrough: tls }]
     let _server = captured.tls_server(443, &["-ciphersuites", "TLS_AES_128_GCM_SHA256", "-groups", "X25519"]).await;
     let answer = captured.curl(&format!("https://{}/", captured.far.at(443)[0]), &[]).await;
     assert!(answer.status.success(), "{answer:?}");
+    captured.proxy.logged(&["below the profile", "TLS_AES_128_GCM_SHA256"]).await;
     let record = captured.proxy.ended("done").await;
     assert_eq!(record["compliant"], false, "{record}");
     assert_eq!(captured.passed(&[("compliant", "false")]).await, 1.0);
-    captured.proxy.logged(&["below the profile", "TLS_AES_128_GCM_SHA256"]).await;
 }
 
 #[tokio::test]

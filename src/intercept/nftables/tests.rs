@@ -10,7 +10,7 @@ fn a_replacement_is_one_batch_in_which_everything_comes_before_its_use() {
     let ruleset = ruleset(&everything());
     let stray = FoundChain { name: "stray".to_owned(), base: None };
     let moved = FoundChain { name: "output_nat".to_owned(), base: None };
-    let request = replacement(&ruleset, &[stray, moved]);
+    let request = replacement(&ruleset, &[stray, moved], 7);
     let kinds: Vec<u16> = messages(request.as_bytes()).map(|message| message.kind).collect();
     let mut shape = kinds.clone();
     shape.dedup();
@@ -31,7 +31,7 @@ fn chains_that_stand_are_not_deleted() {
         .iter()
         .map(|chain| FoundChain { name: chain.name.to_owned(), base: chain.base.map(found_base) })
         .collect();
-    let request = replacement(&ruleset, &found);
+    let request = replacement(&ruleset, &found, 7);
     assert!(!messages(request.as_bytes()).any(|message| message.kind == DELCHAIN));
 }
 
