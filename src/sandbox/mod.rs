@@ -171,6 +171,8 @@ fn alone() -> Result<(), String> {
 fn no_core_dumps() -> Result<(), String> {
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(Resource::Core, none).map_err(|error| format!("the limit cannot be set: {error}"))?;
+    // Read once, out of a file that a process without privileges does not see any more after this.
+    let _ = rustix::param::page_size();
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(|error| format!("PR_SET_DUMPABLE is refused: {error}"))
 }

@@ -45,6 +45,7 @@ mod hygiene;
 mod interception;
 mod openssl;
 mod operations;
+mod passthrough;
 mod peers;
 mod pods;
 mod policy;
