@@ -6,7 +6,8 @@
 //! ```
 //!
 //! The rooms, from the outside in: [`cli`] → [`app`] → [`admin`], [`proxy`] → [`policy`], [`tls`] → [`identity`] →
-//! [`config`]; [`telemetry`] receives plain records, and [`sandbox`] locks the process in. The whole picture is in ARCHITECTURE.md.
+//! [`config`]; [`telemetry`] and [`posture`] receive plain records, and [`sandbox`] locks the process in. The whole picture is in
+//! ARCHITECTURE.md.
 
 pub mod admin;
 pub mod app;
@@ -17,6 +18,7 @@ pub mod config;
 pub mod identity;
 pub mod intercept;
 pub mod policy;
+pub mod posture;
 pub mod proxy;
 pub mod sandbox;
 pub mod telemetry;

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use super::{ApplyError, House, Proxy};
 use crate::config::Config;
 use crate::config::schema::{CapturedPorts, InboundMode, Plaintext};
+use crate::intercept::Arrivals;
 use crate::proxy::capture::{InboundCapture, OutboundCapture, OwnPorts};
 use crate::proxy::inherited::Inherited;
 use crate::proxy::ledger::{self, Ledger};
@@ -20,6 +21,7 @@ use crate::proxy::listener::{Address, Listener, Shared};
 pub(super) struct Captures {
     inbound: Option<Arc<InboundCapture>>,
     outbound: Option<Arc<OutboundCapture>>,
+    arrivals: Arc<Arrivals>,
     sockets: Vec<(Listener, Way)>,
     stop: watch::Sender<bool>,
 }
@@ -41,7 +43,8 @@ impl Captures {
         let own = OwnPorts(ports.into_iter().flatten().collect());
         let mut captures = Self::default();
         if let Some(inbound) = &intercept.inbound {
-            captures.inbound = Some(Arc::new(InboundCapture::new(inbound.mode, own.clone())));
+            let arrivals = Arc::clone(&captures.arrivals);
+            captures.inbound = Some(Arc::new(InboundCapture::new(inbound.mode, own.clone(), arrivals)));
             let transparent = inbound.mode == InboundMode::Tproxy;
             let everywhere = [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()];
             captures.listen(everywhere, inbound.port, transparent, Way::Inbound, inherited)?;
@@ -93,6 +96,11 @@ impl Captures {
                 _ => {}
             }
         }
+    }
+
+    /// The probes that come in at the inbound capture.
+    pub(super) fn arrivals(&self) -> Arc<Arrivals> {
+        Arc::clone(&self.arrivals)
     }
 
     #[cfg(test)]

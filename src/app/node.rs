@@ -12,13 +12,14 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::Proxy;
+use super::{Proxy, interception};
 use crate::admin::{Pulse, Readiness, Server, Sources};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::identity::keeper::{Current, Keeper, KeeperOptions};
 use crate::identity::source::Source;
 use crate::policy::Decision;
+use crate::posture::Register;
 use crate::proxy::inherited::Inherited;
 use crate::proxy::record::{Carries, ConnectionRecord, Event, Observer, RequestRecord};
 use crate::sandbox::Sandbox;
@@ -103,6 +104,8 @@ impl Node {
     ) -> Result<Self, String> {
         let readiness = Readiness::default();
         let waiting = readiness.wait_for("identity");
+        let required = config.intercept.as_ref().is_some_and(|intercept| intercept.require_interception);
+        let gate = interception::Gate::new(readiness.clone(), required);
         let server = match inherited.claim_tcp(config.admin.listen).map_err(|error| error.to_string())? {
             Some(listener) => Server::from_listener(listener),
             None => Server::bind(config.admin.listen).await,
@@ -118,7 +121,11 @@ impl Node {
         let traces = traces.map(|declared| metrics.traces(declared, &config.labels)).transpose()?;
         let sight = Arc::new(Sight { metrics, access_log: config.telemetry.access_log.into(), traces });
         let observer = Arc::clone(&sight) as Arc<dyn Observer>;
-        let proxy = Proxy::start(config, current.clone(), observer, clock, traffic.clone(), &mut inherited);
+        let register = {
+            let sight = Arc::clone(&sight);
+            Arc::new(Register::new(clock.clone(), move |kind, stands| sight.metrics.drift(kind, stands)))
+        };
+        let proxy = Proxy::start(config, current.clone(), observer, clock.clone(), traffic.clone(), &mut inherited);
         let proxy = proxy.map_err(|error| error.to_string())?;
         inherited.close_rest();
         // Without an identity, which the keeper is not looking for yet, nothing is served.
@@ -129,6 +136,8 @@ impl Node {
         tasks.spawn(Arc::clone(&proxy).follow());
         tasks.spawn(watch_identity(current.clone(), Arc::clone(&sight)));
         tasks.spawn(watch_serving(proxy.serving(), current, readiness.clone(), waiting));
+        let (seen, last) = watch::channel(None);
+        tasks.spawn(interception::watch(Arc::clone(&proxy), Arc::clone(&register), gate, clock, seen));
         tasks.spawn(server.run(Sources {
             readiness: readiness.clone(),
             metrics: {
@@ -141,7 +150,14 @@ impl Node {
             },
             state: {
                 let (proxy, readiness, sandbox) = (Arc::clone(&proxy), readiness.clone(), Arc::clone(&sandbox));
-                Box::new(move || state(&proxy, &readiness, &sandbox))
+                Box::new(move || {
+                    let mut state = state(&proxy, &readiness, &sandbox);
+                    if let Some(fields) = state.as_object_mut() {
+                        fields.insert("drift".into(), json!(register.standing()));
+                        fields.insert("interception".into(), interception::state(&last.borrow()));
+                    }
+                    state
+                })
             },
             alive: {
                 let pulse = Pulse::new(traffic);

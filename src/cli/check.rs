@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use super::{Outcome, Streams};
-use crate::config::schema::{Action, Config, Inbound, PolicyMode, Protocol};
+use crate::config::schema::{Action, Config, Inbound, Plaintext, PolicyMode, Protocol};
 use crate::config::{LoadOptions, check_files, load_with};
 
 /// Arguments of `check`.
@@ -114,8 +114,13 @@ fn inbound(listener: &Inbound, config: &Config) -> String {
         Protocol::Http => ", HTTP judged by request",
         Protocol::Detect => ", HTTP judged by request or bytes",
     };
+    let plaintext = match listener.plaintext {
+        Plaintext::Refuse => "",
+        Plaintext::Audit => "; plaintext is only audited: everybody who speaks it is let through",
+        Plaintext::Allow => "; and for everybody who speaks plaintext",
+    };
     format!(
-        "inbound {}: mTLS on {}{legacy} → {}{carries}, for {who}{but}",
+        "inbound {}: mTLS on {}{legacy} → {}{carries}, for {who}{but}{plaintext}",
         listener.name,
         listener.place(),
         listener.leads_to()

@@ -15,6 +15,7 @@ pub mod man;
 pub mod redirect;
 pub mod run;
 pub mod schema;
+pub mod status;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -48,6 +49,8 @@ pub enum Command {
     Check(check::CheckArgs),
     /// Say what policy makes of a peer, and by which rule, without any traffic.
     Explain(explain::ExplainArgs),
+    /// Say how a running proxy fares: ready or not, its identity, who still speaks plaintext.
+    Status(status::StatusArgs),
     /// Make, remove or show the rules that bring a workload's traffic to the proxy.
     #[command(subcommand)]
     Redirect(redirect::RedirectCommand),
@@ -155,6 +158,7 @@ pub fn execute(command: Command, streams: &mut Streams<'_>) -> Outcome {
         Command::Demo(args) => demo::demo(&args, streams),
         Command::Check(args) => check::check(&args, streams),
         Command::Explain(args) => explain::explain(&args, streams),
+        Command::Status(args) => status::status(&args, streams),
         Command::Redirect(command) => redirect::redirect(&command, streams),
         Command::Authority(args) => authority::authority(&args, streams),
         Command::Completions(args) => completions::completions(&args, streams),

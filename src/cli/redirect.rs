@@ -3,6 +3,8 @@
 //! Run once, by an init container or a systemd unit, before the proxy. It needs CAP_NET_ADMIN in the network namespace, and
 //! CAP_SYS_ADMIN besides to enter another one.
 
+mod verify;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -22,6 +24,8 @@ pub enum RedirectCommand {
     Remove(RemoveArgs),
     /// Print the rules, without making any.
     Show(ShowArgs),
+    /// Prove by traffic that nothing gets round the gate. Exit code 1 with what does.
+    Verify(verify::VerifyArgs),
 }
 
 /// Where the config is.
@@ -94,6 +98,7 @@ pub fn redirect(command: &RedirectCommand, streams: &mut Streams<'_>) -> Outcome
         RedirectCommand::Apply(args) => apply(args, streams),
         RedirectCommand::Remove(args) => remove(args, streams),
         RedirectCommand::Show(args) => show(args, streams),
+        RedirectCommand::Verify(args) => verify::verify(args, streams),
     }
 }
 

@@ -263,3 +263,34 @@ fn explain_and_check_ask_the_module_too() {
     let (code, _, err) = explain("/open");
     assert!(code == 1 && err.contains("inbound 'api': ") && err.contains("nothing.known"), "{err}");
 }
+
+#[test]
+fn the_pod_of_the_examples_applies_the_rules_before_all_else_and_no_other_container_may_touch_them() {
+    let text = std::fs::read_to_string(root("examples/kubernetes/pod.yaml")).unwrap();
+    let pod: serde_json::Value = serde_saphyr::from_str(&text).unwrap();
+    let [redirect, proxy] = pod["spec"]["initContainers"].as_array().unwrap().as_slice() else { panic!("{pod}") };
+    let capabilities = |container: &serde_json::Value| container["securityContext"]["capabilities"].clone();
+    assert_eq!(capabilities(redirect), serde_json::json!({ "drop": ["ALL"], "add": ["NET_ADMIN"] }));
+    assert_eq!(proxy["restartPolicy"], "Always");
+    let file = root("examples/transparent.yaml");
+    let config = crate::config::load(&file).unwrap().config;
+    let intercept = config.intercept.as_ref().unwrap();
+    let user = |container: &serde_json::Value| container["securityContext"]["runAsUser"].as_u64();
+    assert_eq!(user(proxy), intercept.proxy.uid.map(u64::from));
+    let mounted = format!("/etc/portcullis/{}", file.file_name().unwrap().to_str().unwrap());
+    for (container, command) in [(redirect, vec!["redirect", "apply"]), (proxy, vec!["run"])] {
+        let arguments = [command, vec!["--config", &mounted]].concat();
+        assert_eq!(container["args"], serde_json::json!(arguments));
+        assert!(Cli::try_parse_from([vec!["portcullis"], arguments].concat()).is_ok());
+    }
+    for probe in ["startupProbe", "readinessProbe", "livenessProbe"] {
+        assert_eq!(proxy[probe]["httpGet"]["port"], config.admin.listen.port(), "{probe}");
+    }
+    for workload in pod["spec"]["containers"].as_array().unwrap() {
+        assert_eq!(capabilities(workload), serde_json::json!({ "drop": ["ALL"] }));
+        assert!(user(workload).is_some() && user(workload) != user(proxy));
+    }
+    let unit = std::fs::read_to_string(root("examples/systemd/portcullis-redirect.service")).unwrap();
+    let start = unit.lines().find_map(|line| line.strip_prefix("ExecStart=/usr/local/bin/")).unwrap();
+    assert!(Cli::try_parse_from(start.split(' ')).is_ok(), "{start}");
+}

@@ -83,16 +83,18 @@ fn output_nat(plan: &Plan) -> Option<Chain> {
         rules.extend(loopback_passes());
         rules.extend(destinations_pass(outbound));
         rules.extend(ports_pass(TCP, &outbound.skip_ports));
-        if plan.udp != Udp::Refuse {
-            // Without a list every host would be reachable in clear by its port 53.
-            for server in &plan.dns_servers {
-                let matches = [Match::Destination(IpNet::from(*server)), Match::DestinationPort(TCP, DNS)];
-                rules.push(rule(matches, Action::Return, "a name server"));
-            }
-        }
+        rules.extend(name_servers_pass(plan));
         rules.push(rule([Match::Protocol(TCP)], Action::Redirect(outbound.port), "outbound capture"));
     }
     Some(Chain { name: "output_nat", base: base(Kind::Nat, Hook::Output, DSTNAT), rules })
+}
+
+/// Name servers over TCP. Without a list every host would be reachable in clear by its port 53.
+fn name_servers_pass(plan: &Plan) -> impl Iterator<Item = Rule> {
+    plan.dns_servers.iter().filter(|_| plan.udp != Udp::Refuse).map(|server| {
+        let matches = [Match::Destination(IpNet::from(*server)), Match::DestinationPort(TCP, DNS)];
+        rule(matches, Action::Return, "a name server")
+    })
 }
 
 /// Inbound connections to addresses of this host go to the capture port; what is only routed through is not ours.
@@ -178,9 +180,16 @@ fn output(plan: &Plan) -> Option<Chain> {
     for port in ports.into_iter().flatten() {
         rules.extend(half_closed(plan, port));
     }
-    if let Some(outbound) = &plan.outbound
-        && (captures_tcp.is_some() || plan.udp != Udp::Allow)
-    {
+    // Its own legs are not rewritten. But the next segment of one that conntrack has forgotten is to it the first of a
+    // new connection, which is captured: what the workload says on the inbound leg, or a server on the outbound one.
+    for owner in owners(plan) {
+        rules.extend(Family::BOTH.map(|family| Rule {
+            matches: vec![Match::Family(family), Match::Protocol(TCP), owner, Match::State(state::NEW)],
+            actions: vec![Action::Timeout(Timeout::new(family, plan.half_closed).name)],
+            comment: "how long it may be half closed",
+        }));
+    }
+    if let Some(outbound) = &plan.outbound {
         rules.extend(uncaptured(plan, outbound));
     }
     if rules.is_empty() {
@@ -198,7 +207,12 @@ fn uncaptured(plan: &Plan, outbound: &OutboundCapture) -> Vec<Rule> {
     rules.extend(loopback_passes());
     rules.extend(destinations_pass(outbound));
     rules.extend(ports_pass(TCP, &outbound.skip_ports));
-    if !outbound.by_cgroup {
+    if outbound.by_cgroup {
+        rules.extend(name_servers_pass(plan));
+        // What the programs have captured goes to loopback. The rest comes from a process outside their cgroup.
+        rules.push(rule([Match::NotSyn], Action::Return, "older than these rules"));
+        rules.push(rule([Match::Protocol(TCP)], Action::Reset, "opened outside the cgroup that is captured"));
+    } else {
         let lost = [Match::Protocol(TCP), Match::State(state::INVALID | state::UNTRACKED)];
         rules.push(rule(lost, Action::Drop, "would leave uncaptured"));
     }

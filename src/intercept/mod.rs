@@ -9,13 +9,19 @@
 //!
 //! In: what the config declares to be captured, as a [`Plan`]. Out: rules in the network namespace of the calling thread, or
 //! what is wrong with those that are there; and the original destination of a connection. All that concerns rules blocks,
-//! for milliseconds, and takes CAP_NET_ADMIN, reading too: the kernel shows nf_tables to nobody else.
+//! for milliseconds, and takes CAP_NET_ADMIN, reading too: the kernel shows nf_tables to nobody else. Whether they do what
+//! they should is tried from outside ([`verify`]) and watched from inside ([`Watch`]).
 //!
 //! Rules live in one table of our own (`inet portcullis`), or in chains of our own (`PORTCULLIS_*`) with iptables; nothing
 //! else is touched. They are replaced in one transaction: connections that are open stay as they are.
 
+mod addresses;
+mod arrivals;
 mod chains;
+mod changes;
 pub mod declared;
+#[cfg(all(feature = "ebpf", target_os = "linux"))]
+pub mod ebpf;
 mod expressions;
 mod iptables;
 mod iptables_text;
@@ -27,12 +33,16 @@ mod original;
 pub mod plan;
 mod routing;
 mod rules;
+pub mod verify;
+mod watch;
 
 use rustix::io::Errno;
 
+pub use arrivals::Arrivals;
 pub use netns::in_netns;
 pub use original::original_destination;
 pub use plan::{InboundCapture, InboundMode, OutboundCapture, Plan, ProxyOwner, Udp, WORKLOAD_TOS};
+pub use watch::{Finding, Seen, Watch};
 
 use netlink::Failed;
 
@@ -153,6 +163,18 @@ pub fn standing(plan: &Plan) -> Result<Standing, Error> {
         Err(errno) if !unsupported(errno) => return Err(Error::kernel("reading our table of nf_tables", errno)),
         Ok(None) | Err(_) => iptables::differences(&ruleset)?,
     };
+    judged(&ruleset, found)
+}
+
+/// The same without another program: rules that were made with iptables are not seen, and count as missing. A proxy that
+/// has locked itself in would be ended for starting one.
+fn standing_in_nftables(plan: &Plan) -> Result<Standing, Error> {
+    let ruleset = chains::ruleset(plan);
+    let found = nftables::differences(&ruleset);
+    judged(&ruleset, found.map_err(|errno| Error::kernel("reading our table of nf_tables", errno))?)
+}
+
+fn judged(ruleset: &rules::Ruleset, found: Option<Vec<String>>) -> Result<Standing, Error> {
     let Some(mut differences) = found else { return Ok(Standing::Missing) };
     let routing = routing::differences(ruleset.routing);
     differences.extend(routing.map_err(|errno| Error::kernel("reading the routing rules", errno))?);

@@ -11,20 +11,16 @@ use crate::config::schema::InboundMode;
 /// The destination that `stream` had before it was captured: what SO_ORIGINAL_DST or IP6T_SO_ORIGINAL_DST says of a
 /// translated one, the local address of one that was handed over as it was. IPv4 in IPv6 form comes out as IPv4.
 ///
-/// Where connections are handed over, those that the pod makes to its own address are translated all the same: TPROXY
-/// takes only what comes in. So translation is asked for first; of what was handed over it tells the local address too.
+/// With `tproxy` only what comes from elsewhere is handed over as it was, never for loopback; a call of our own host to its
+/// own address is translated to loopback in either mode.
 ///
 /// # Errors
 /// The system's: `ENOENT` or `ENOPROTOOPT` where nothing was translated.
 pub fn original_destination(stream: &TcpStream, mode: InboundMode) -> io::Result<SocketAddr> {
     let local = stream.local_addr()?;
-    match (translated(stream, local), mode) {
-        (Err(_), InboundMode::Tproxy) => Ok(canonical(local)),
-        (original, _) => original,
+    if mode == InboundMode::Tproxy && !local.ip().to_canonical().is_loopback() {
+        return Ok(canonical(local));
     }
-}
-
-fn translated(stream: &TcpStream, local: SocketAddr) -> io::Result<SocketAddr> {
     let socket = SockRef::from(stream);
     let original = match local.ip().to_canonical().is_ipv4() {
         true => socket.original_dst_v4(),

@@ -17,7 +17,7 @@ use super::io::Plain;
 use super::listener::{Accepted, Client, Inbound, Listener, Outbound, Shared, accept_loop};
 use super::record::{Carries, Cause};
 use crate::config::schema::{CapturedDestinations, CapturedPorts, InboundMode, Protocol};
-use crate::intercept::original_destination;
+use crate::intercept::{Arrivals, original_destination};
 use crate::tls::record::Direction;
 
 /// The name of a capture in records of connections that no listener takes.
@@ -28,6 +28,7 @@ const NAME: &str = "captured";
 pub struct InboundCapture {
     mode: InboundMode,
     own: OwnPorts,
+    probes: Arc<Arrivals>,
     takes: ArcSwap<Ports>,
 }
 
@@ -62,9 +63,9 @@ impl OwnPorts {
 }
 
 impl InboundCapture {
-    /// Nothing is taken yet.
-    pub fn new(mode: InboundMode, own: OwnPorts) -> Self {
-        Self { mode, own, takes: ArcSwap::default() }
+    /// Nothing is taken yet. `probes` are those of the watch over the interception.
+    pub fn new(mode: InboundMode, own: OwnPorts, probes: Arc<Arrivals>) -> Self {
+        Self { mode, own, probes, takes: ArcSwap::default() }
     }
 
     /// Which listener takes which ports from now on.
@@ -86,6 +87,10 @@ impl InboundCapture {
         ports.named.get(&port).or(ports.any.as_ref()).cloned()
     }
 
+    fn awaited(&self, accepted: &Accepted, original: SocketAddr) -> bool {
+        accepted.client.address().is_some_and(|from| self.probes.arrived(from, original))
+    }
+
     /// Serves until `stop`.
     pub async fn run(self: Arc<Self>, listener: Listener, shared: Arc<Shared>, stop: watch::Receiver<bool>) {
         let serving = Arc::clone(&shared);
@@ -104,6 +109,8 @@ impl InboundCapture {
     async fn serve(self: Arc<Self>, accepted: Accepted, shared: Arc<Shared>) {
         match self.own.original(&accepted, self.mode) {
             Err(why) => refuse(accepted, Direction::Inbound, Cause::NotCaptured, why, &shared),
+            // A probe has done its work by coming.
+            Ok(original) if self.awaited(&accepted, original) => {}
             Ok(original) => self.take(accepted.captured(original), original, shared).await,
         }
     }

@@ -22,6 +22,7 @@ use super::traces::{self, Traces};
 use crate::config::schema::{self, Labels, PolicyMode};
 use crate::identity::keeper::{Counters, Current, SvidState};
 use crate::policy::{Decision, Verdict};
+use crate::posture;
 use crate::proxy::ledger::Fate;
 use crate::proxy::record::{Carries, Cause, ConnectionRecord, Event, RequestRecord};
 use crate::tls::hello::WEAK;
@@ -77,6 +78,8 @@ pub struct Metrics {
     lines_counted: Mutex<u64>,
     counted: Mutex<Counters>,
     chains_counted: Mutex<(u64, u64)>,
+    drift: IntGaugeVec,
+    drift_detected: IntCounterVec,
 }
 
 /// Registers what was made.
@@ -235,6 +238,12 @@ impl Metrics {
             lines_counted: Mutex::default(),
             counted: Mutex::default(),
             chains_counted: Mutex::default(),
+            drift: gauges("drift", "1 while something is not as declared.", &["kind"])?,
+            drift_detected: counters(
+                "drift_detected_total",
+                "How often something came to differ from what is declared.",
+                &["kind"],
+            )?,
             registry,
         };
         metrics.reloaded.set(unix_now());
@@ -266,6 +275,10 @@ impl Metrics {
         }
         for kind in ["descriptors", "memory", "other"] {
             self.accept_errors.with_label_values(&[kind]);
+        }
+        for kind in posture::Kind::ALL.map(posture::Kind::as_str) {
+            self.drift.with_label_values(&[kind]);
+            self.drift_detected.with_label_values(&[kind]);
         }
         for result in ["hit", "miss"] {
             self.chains.with_label_values(&[result]);
@@ -432,6 +445,14 @@ impl Metrics {
         self.reloads.with_label_values(&[if success { "success" } else { "failure" }]).inc();
         if success {
             self.reloaded.set(unix_now());
+        }
+    }
+
+    /// A drift began, or is over.
+    pub fn drift(&self, kind: posture::Kind, stands: bool) {
+        self.drift.with_label_values(&[kind.as_str()]).set(i64::from(stands));
+        if stands {
+            self.drift_detected.with_label_values(&[kind.as_str()]).inc();
         }
     }
 

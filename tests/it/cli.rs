@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use tokio::net::TcpListener;
 use tokio::process::Command;
 
-use crate::harness::{Domain, Running, inbound_listener, output, portcullis, program, succeeds};
+use crate::harness::{Domain, Proxy, Running, echo, inbound_listener, output, portcullis, program, succeeds};
 
 fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -104,6 +104,7 @@ async fn what_is_not_understood_is_exit_code_two() {
         &["check"],
         &["run", "--confg", "x"],
         &["completions", "cobol"],
+        &["status", "--admin", "nowhere"],
         &["explain", "--config", "x", "--from", "spiffe://a.example", "--to", "in"],
         &["explain", "--config", "x", "--from", "spiffe://a.example/x*", "--to", "in"],
     ] {
@@ -120,12 +121,37 @@ async fn what_is_not_understood_is_exit_code_two() {
 }
 
 #[tokio::test]
+async fn status_tells_of_a_running_proxy_and_fails_until_it_is_ready() {
+    let domain = Domain::new("a.example");
+    let workload = echo().await;
+    let listener = inbound_listener("in", workload.address, &domain.id("/client"), "");
+    let absent = "identity: { workload_api: { address: 'unix:///nowhere/agent.sock' } }\n";
+    let waiting = Proxy::start(domain.path(), "waiting", &format!("{absent}{listener}")).await;
+    let admin = waiting.admin.to_string();
+    let (code, out, err) = portcullis(&["status", "--admin", &admin]).await;
+    assert_eq!((code, err.as_str()), (1, ""));
+    assert!(out.contains("not ready, waiting for: identity") && out.contains("inbound in: "), "{out}");
+    let ready = Proxy::start(domain.path(), "ready", &format!("{}{listener}", domain.identity("/server"))).await;
+    ready.ready().await;
+    let admin = ready.admin.to_string();
+    let (code, out, _) = portcullis(&["status", "--admin", &admin]).await;
+    assert!(code == 0 && out.contains("ready\n") && out.contains(&domain.id("/server")), "{out}");
+    let (code, out, _) = portcullis(&["status", "--admin", &admin, "--output", "json"]).await;
+    let state: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, &state["ready"]), (0, &serde_json::json!(true)));
+    ready.stop().await;
+    let (code, out, err) = portcullis(&["status", "--admin", &admin]).await;
+    assert!(code == 1 && out.is_empty() && err.contains("cannot ask the proxy"), "{err}");
+    assert_eq!(err.lines().count(), 1, "{err}");
+}
+
+#[tokio::test]
 async fn version_and_help() {
     let version = format!("portcullis {}\n", env!("CARGO_PKG_VERSION"));
     assert_eq!(portcullis(&["--version"]).await, (0, version, String::new()));
     let (code, help, _) = portcullis(&["--help"]).await;
     assert_eq!(code, 0);
-    for command in ["run", "demo", "check", "explain", "authority", "completions", "man", "schema"] {
+    for command in ["run", "demo", "check", "explain", "status", "authority", "completions", "man", "schema"] {
         assert!(help.lines().any(|line| line.trim_start().starts_with(command)), "{command}");
         let (code, help, _) = portcullis(&[command, "--help"]).await;
         assert!(code == 0 && help.contains("Usage: portcullis"), "{command}");

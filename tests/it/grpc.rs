@@ -7,7 +7,7 @@ use crate::agent::{go, go_server};
 use crate::harness::{Running, free_port};
 use crate::pair::{Extra, Pair, all_well};
 
-const CASES: [&str; 14] = [
+pub const CASES: [&str; 14] = [
     "empty_unary",
     "large_unary",
     "client_streaming",

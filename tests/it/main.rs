@@ -11,9 +11,11 @@
     clippy::indexing_slicing
 )]
 
+mod attempts;
 mod client;
 mod harness;
 mod load;
+mod mesh;
 mod netns;
 mod pair;
 mod seen;
@@ -24,8 +26,12 @@ mod wire;
 mod agent;
 mod authority;
 mod basics;
+mod bypass;
+mod captured;
 mod cli;
 mod demo;
+#[cfg(feature = "ebpf")]
+mod ebpf;
 mod envoy;
 mod envoy_http;
 mod floods;
@@ -35,12 +41,14 @@ mod hostile;
 mod http;
 mod http_policy;
 mod hygiene;
+mod interception;
 mod openssl;
 mod operations;
 mod peers;
 mod pods;
 mod policy;
 mod postgres;
+mod redirect;
 mod redirect_rules;
 mod resilience;
 mod restart;
@@ -49,4 +57,5 @@ mod sandbox;
 mod sight;
 mod spiffe;
 mod traces;
+mod transparent;
 mod websocket;

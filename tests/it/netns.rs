@@ -127,26 +127,25 @@ impl Namespace {
 
     /// `program` as this user in here. It dies with the test, and if the test is killed, too.
     pub fn command(&self, uid: u32, program: impl AsRef<OsStr>) -> Command {
+        self.command_with(uid, &[], program)
+    }
+
+    /// The same. Where the user is not root, it has these capabilities and can get no others.
+    pub fn command_with(&self, uid: u32, capabilities: &[&str], program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path())).args(["--", "setpriv", "--pdeathsig", "KILL"]);
         if uid != ROOT {
             let uid = uid.to_string();
-            command.args([
-                "--reuid",
-                &uid,
-                "--regid",
-                &uid,
-                "--clear-groups",
-                "--inh-caps=-all",
-                "--bounding-set=-all",
-            ]);
+            let only: String = capabilities.iter().map(|name| format!(",+{name}")).collect();
+            command.args(["--reuid", &uid, "--regid", &uid, "--clear-groups"]);
+            command.args(["inh-caps", "ambient-caps", "bounding-set"].map(|set| format!("--{set}=-all{only}")));
         }
         command.arg("--").arg(program).current_dir("/").env_remove("SPIFFE_ENDPOINT_SOCKET");
         command
     }
 
     /// Has `ip` do all of this in order.
-    fn ip(&self, lines: &str) -> io::Result<()> {
+    pub fn ip(&self, lines: &str) -> io::Result<()> {
         let mut ip = std::process::Command::new("nsenter")
             .arg(format!("--net={}", self.path()))
             .args(["--", "ip", "-batch", "-"])
@@ -165,7 +164,7 @@ impl Namespace {
 }
 
 /// Gives this thread, and no other of the process, to a user who has no capabilities.
-fn become_user(uid: u32) {
+pub fn become_user(uid: u32) {
     if uid == ROOT {
         return;
     }
@@ -319,9 +318,15 @@ impl Pod {
 
     /// `portcullis run` as the proxy's user.
     pub async fn proxy(&self, domain: &Domain, config: &str) -> Proxy {
+        self.proxy_with(domain, config, &[]).await
+    }
+
+    /// The same with these capabilities.
+    pub async fn proxy_with(&self, domain: &Domain, config: &str, capabilities: &[&str]) -> Proxy {
         hand_over(domain.path(), PROXY);
         let program = within_reach(Path::new(program()), domain.path());
-        Proxy::start_within(&self.namespace, domain.path(), self.name, config, self.command(PROXY, program)).await
+        let command = self.command_with(PROXY, capabilities, program);
+        Proxy::start_within(&self.namespace, domain.path(), self.name, config, command).await
     }
 }
 

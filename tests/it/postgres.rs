@@ -19,37 +19,50 @@ use crate::harness::{
 };
 
 /// A PostgreSQL server of our own, on a TCP port and a Unix socket. It refuses to run as root.
-struct Postgres {
+pub struct Postgres {
     running: Running,
     port: u16,
     dir: tempfile::TempDir,
 }
 
-fn postgres_tool(name: &str) -> PathBuf {
+pub fn postgres_tool(name: &str) -> PathBuf {
     tool("PORTCULLIS_TEST_POSTGRES_BIN", "").join(name)
 }
 
-/// As the user that owns the data: nobody, if we are root.
-fn as_owner(command: &mut Command) -> &mut Command {
-    if rustix::process::geteuid().is_root() { command.uid(65534).gid(65534) } else { command }
+/// Who owns the data, if we are root: nobody.
+pub const OWNER: u32 = 65534;
+
+/// A program of the server, run as the owner of the data.
+fn as_owner(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    if rustix::process::geteuid().is_root() {
+        command.uid(OWNER).gid(OWNER);
+    }
+    command
 }
 
 impl Postgres {
     async fn start() -> Self {
+        Self::start_by(as_owner, "127.0.0.1", free_port().await).await
+    }
+
+    /// Starts it at these addresses and this port, its programs run by `command` as the owner. Whoever reaches it may do
+    /// everything.
+    pub async fn start_by(command: impl Fn(&Path) -> Command, addresses: &str, port: u16) -> Self {
         let dir = tempfile::tempdir().unwrap();
         if rustix::process::geteuid().is_root() {
-            std::os::unix::fs::chown(dir.path(), Some(65534), Some(65534)).unwrap();
+            std::os::unix::fs::chown(dir.path(), Some(OWNER), Some(OWNER)).unwrap();
         }
         let data = dir.path().join("data");
-        let mut initdb = Command::new(postgres_tool("initdb"));
+        let mut initdb = command(&postgres_tool("initdb"));
         initdb.arg("-D").arg(&data).args(["-U", "postgres", "-A", "trust", "--no-sync", "--locale=C", "-E", "UTF8"]);
-        succeeds(as_owner(initdb.current_dir("/")), "").await;
-        let port = free_port().await;
-        let mut postgres = Command::new(postgres_tool("postgres"));
+        succeeds(initdb.current_dir("/"), "").await;
+        std::fs::write(data.join("pg_hba.conf"), "local all all trust\nhost all all all trust\n").unwrap();
+        let mut postgres = command(&postgres_tool("postgres"));
         postgres.current_dir("/").arg("-D").arg(&data).args(["-p", &port.to_string(), "-c", "fsync=off"]);
-        postgres.args(["-c", "listen_addresses=127.0.0.1", "-c"]);
+        postgres.args(["-c", &format!("listen_addresses={addresses}"), "-c"]);
         postgres.arg(format!("unix_socket_directories={}", dir.path().display()));
-        let mut running = Running::start(as_owner(&mut postgres));
+        let mut running = Running::start(&mut postgres);
         running.line("PostgreSQL to be ready", |line| line.contains("ready to accept connections").then_some(())).await;
         Self { running, port, dir }
     }
@@ -58,7 +71,7 @@ impl Postgres {
         self.dir.path().join(format!(".s.PGSQL.{}", self.port))
     }
 
-    async fn stop(mut self) {
+    pub async fn stop(mut self) {
         self.running.signal(rustix::process::Signal::INT);
         assert!(self.running.wait().await.success());
     }
@@ -66,7 +79,11 @@ impl Postgres {
 
 /// psql at this host (an address, or a folder with a socket) and port.
 async fn psql(host: &str, port: u16, sql: &str, input: &str) -> String {
-    let mut command = Command::new(postgres_tool("psql"));
+    psql_by(Command::new(postgres_tool("psql")), host, port, sql, input).await
+}
+
+/// The same, by a command that runs psql.
+pub async fn psql_by(mut command: Command, host: &str, port: u16, sql: &str, input: &str) -> String {
     command.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", "postgres"]);
     command.args(["-h", host, "-p", &port.to_string(), "-c", sql]).env("PGCONNECT_TIMEOUT", "20");
     succeeds(&mut command, input).await

@@ -26,8 +26,18 @@ type Flow = (SocketAddr, SocketAddr);
 #[derive(Default)]
 struct Seen {
     frames: Vec<Vec<u8>>,
-    /// Bytes of TCP by sequence number, counted from the first one seen.
-    flows: HashMap<Flow, (u32, BTreeMap<u32, Vec<u8>>)>,
+    flows: HashMap<Flow, Stream>,
+}
+
+/// What went in one direction of a connection.
+#[derive(Default)]
+struct Stream {
+    /// The sequence number of the first byte.
+    first: u32,
+    /// Bytes by sequence number, counted from the first one seen.
+    parts: BTreeMap<u32, Vec<u8>>,
+    /// How many segments were resets.
+    resets: usize,
 }
 
 /// A tap on the bridge. It sees each packet several times: as it comes in, and as it goes out to each pod.
@@ -81,16 +91,22 @@ impl Wire {
         self.caught_up().await;
         let seen = self.seen.lock().unwrap();
         let flows = seen.flows.iter().filter(|((_, to), _)| to.ip() == address);
-        flows.flat_map(|(_, (_, parts))| parts.values()).map(Vec::len).sum()
+        flows.flat_map(|(_, stream)| stream.parts.values()).map(Vec::len).sum()
     }
 
-    /// Bytes of TCP that went to these ports of any address.
-    pub async fn ports_reached(&self) -> Vec<SocketAddr> {
+    /// The sequence number that follows what went from here to there.
+    pub async fn next_sequence(&self, from: SocketAddr, to: SocketAddr) -> u32 {
         self.caught_up().await;
-        let mut found: Vec<_> = self.seen.lock().unwrap().flows.keys().map(|(_, to)| *to).collect();
-        found.sort();
-        found.dedup();
-        found
+        let seen = self.seen.lock().unwrap();
+        let stream = seen.flows.get(&(from, to)).unwrap_or_else(|| panic!("nothing went from {from} to {to}"));
+        let (at, part) = stream.parts.last_key_value().unwrap();
+        stream.first.wrapping_add(*at).wrapping_add(u32::try_from(part.len()).unwrap())
+    }
+
+    /// Whether a reset went from here to there.
+    pub async fn was_reset(&self, from: SocketAddr, to: SocketAddr) -> bool {
+        self.caught_up().await;
+        self.seen.lock().unwrap().flows.get(&(from, to)).is_some_and(|stream| stream.resets > 0)
     }
 
     /// Waits until the tap has taken in everything up to now: packets keep their order, so one of ours comes last.
@@ -111,9 +127,10 @@ impl Wire {
 
 impl Seen {
     fn take(&mut self, frame: &[u8]) {
-        if let Some((flow, sequence, payload)) = segment(frame) {
-            let (first, parts) = self.flows.entry(flow).or_insert_with(|| (sequence, BTreeMap::new()));
-            let part = parts.entry(sequence.wrapping_sub(*first)).or_default();
+        if let Some(Segment { flow, sequence, reset, payload }) = segment(frame) {
+            let stream = self.flows.entry(flow).or_insert_with(|| Stream { first: sequence, ..Stream::default() });
+            stream.resets += usize::from(reset);
+            let part = stream.parts.entry(sequence.wrapping_sub(stream.first)).or_default();
             if part.len() < payload.len() {
                 *part = payload.to_vec();
             }
@@ -124,7 +141,7 @@ impl Seen {
     fn saw(&self, marker: &[u8]) -> bool {
         let holds = |bytes: &[u8]| memchr::memmem::find(bytes, marker).is_some();
         self.frames.iter().rev().any(|frame| holds(frame))
-            || self.flows.values().any(|(_, parts)| holds(&joined(parts)))
+            || self.flows.values().any(|stream| holds(&joined(&stream.parts)))
     }
 }
 
@@ -140,8 +157,17 @@ fn joined(parts: &BTreeMap<u32, Vec<u8>>) -> Vec<u8> {
     bytes
 }
 
-/// Direction, sequence number of the first byte, and bytes of a TCP segment in an Ethernet frame.
-fn segment(frame: &[u8]) -> Option<(Flow, u32, &[u8])> {
+/// A TCP segment.
+struct Segment<'a> {
+    flow: Flow,
+    /// Of the first byte.
+    sequence: u32,
+    reset: bool,
+    payload: &'a [u8],
+}
+
+/// The one in an Ethernet frame.
+fn segment(frame: &[u8]) -> Option<Segment<'_>> {
     let packet = frame.get(14..)?;
     let number = |bytes: &[u8], at: usize| Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
     let (from, to, tcp): (IpAddr, IpAddr, &[u8]) = match number(frame, 12)? {
@@ -158,9 +184,9 @@ fn segment(frame: &[u8]) -> Option<(Flow, u32, &[u8])> {
     };
     let (source, destination) = (number(tcp, 0)?, number(tcp, 2)?);
     let sequence = u32::from_be_bytes(tcp.get(4..8)?.try_into().ok()?);
-    let opens = tcp.get(13)? & 2 != 0;
+    let (opens, reset) = (tcp.get(13)? & 2 != 0, tcp.get(13)? & 4 != 0);
     let payload = tcp.get(usize::from(tcp.get(12)? >> 4) * 4..)?;
     // A SYN takes a number of its own, before the bytes that it may carry (RFC 9293, section 3.4; RFC 7413).
     let sequence = sequence.wrapping_add(opens.into());
-    Some((((from, source).into(), (to, destination).into()), sequence, payload))
+    Some(Segment { flow: ((from, source).into(), (to, destination).into()), sequence, reset, payload })
 }

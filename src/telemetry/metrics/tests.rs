@@ -1,6 +1,7 @@
 use super::super::places::{KEPT, OTHER};
 use super::*;
 use crate::identity::{Identity, KeyType, SpiffeId, Svid, TrustBundles, TrustDomain};
+use crate::posture::Kind;
 use crate::testing::TestCa;
 use crate::tls::record::{Failure, Negotiated};
 use std::sync::Arc;
@@ -248,6 +249,19 @@ fn names_cannot_write_series_of_their_own() {
     metrics.decision(Direction::Inbound, &decided("x\"} 1\nevil_total 7\n\\"));
     let text = metrics.render().1;
     assert!(text.lines().all(|line| line.starts_with("portcullis_") || line.starts_with("# ")), "{text}");
+}
+
+#[test]
+fn a_drift_stands_until_it_is_over_and_each_is_counted() {
+    let metrics = Metrics::new(&labels(), 10, false).unwrap();
+    let now = |name: &str| value(&metrics, name, &["interception"]);
+    assert_eq!((now("portcullis_drift"), now("portcullis_drift_detected_total")), (Some(0.0), Some(0.0)));
+    metrics.drift(Kind::Interception, true);
+    assert_eq!((now("portcullis_drift"), now("portcullis_drift_detected_total")), (Some(1.0), Some(1.0)));
+    metrics.drift(Kind::Interception, false);
+    metrics.drift(Kind::Interception, true);
+    metrics.drift(Kind::Interception, false);
+    assert_eq!((now("portcullis_drift"), now("portcullis_drift_detected_total")), (Some(0.0), Some(2.0)));
 }
 
 #[test]
