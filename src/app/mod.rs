@@ -289,7 +289,7 @@ impl Proxy {
             let socket = socket.map(|socket| self.spawn(socket, run));
             house.outbound.insert(name, Running { listener: serving, socket });
         }
-        house.declare_captures(&self.shared.ledger);
+        house.declare_captures(&self.shared);
         self.publish(&mut house, identity);
         Ok(())
     }
@@ -370,8 +370,9 @@ impl Proxy {
             }
         }
         let mut requests = 0;
-        let ended = self.shared.registry.rejudge(|entry, known| match entry.direction {
-            Direction::Inbound => match house.inbound.get(&*entry.listener) {
+        let ended = self.shared.registry.rejudge(|entry, known| match (entry.direction, known) {
+            (_, Known::Passing(passed)) => house.captures.rejudge(entry, passed),
+            (Direction::Inbound, _) => match house.inbound.get(&*entry.listener) {
                 Some(running) => {
                     let state = running.listener.state.load();
                     let cause = state.rejudge(entry, known, &self.shared.clock);
@@ -382,7 +383,7 @@ impl Proxy {
                 }
                 None => Some(Cause::Drained),
             },
-            Direction::Outbound => match house.outbound.get(&*entry.listener) {
+            (Direction::Outbound, _) => match house.outbound.get(&*entry.listener) {
                 Some(running) => running.listener.state.load().rejudge(entry, known, &self.shared.clock),
                 None => Some(Cause::Drained),
             },

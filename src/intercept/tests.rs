@@ -118,7 +118,12 @@ fn with_capture_by_cgroup_nothing_outbound_is_redirected_but_the_pod_itself() {
     assert!(!text.contains(":15001") && !text.contains("postrouting"), "{text}");
     let rules = chain(&text, "output_nat");
     assert!(rules.iter().skip(2).all(|rule| rule.ends_with("goto from_proxy")) && rules.len() == 5, "{rules:?}");
-    assert!(!chain(&text, "output_filter").iter().any(|rule| rule.contains("untracked")), "{text}");
+    let filter = chain(&text, "output_filter");
+    assert!(!filter.iter().any(|rule| rule.contains("untracked")), "{text}");
+    // What the programs did not see is refused, after all that is exempt.
+    let reset = filter.iter().position(|rule| rule == "meta l4proto tcp reject with tcp reset").unwrap();
+    let exempt = |rule: &String| rule.ends_with("return") && rule.contains("tcp");
+    assert!(filter.iter().rposition(exempt).unwrap() < reset, "{filter:?}");
     plan.inbound = None;
     assert_eq!(chain(&nft_text(&plan), "output_nat"), Vec::<String>::new());
 }

@@ -200,6 +200,16 @@ pub fn available() -> Result<(), String> {
     ANSWER.get_or_init(ask).clone()
 }
 
+/// Whether namespaces are to be had. If not, the test is skipped, and that is said.
+#[track_caller]
+pub fn to_be_had() -> bool {
+    let answer = available();
+    if let Err(why) = &answer {
+        skipped(why, std::panic::Location::caller());
+    }
+    answer.is_ok()
+}
+
 /// Says on the real standard error, not only into the output that the test runner keeps, that a test was skipped; and
 /// leaves a line where `tests/run` counts.
 pub fn skipped(why: &str, place: &std::panic::Location<'_>) {
@@ -230,8 +240,7 @@ impl Net {
     /// A new wire, or none, and the test is over, where namespaces are not to be had.
     #[track_caller]
     pub fn new() -> Option<Self> {
-        if let Err(why) = available() {
-            skipped(&why, std::panic::Location::caller());
+        if !to_be_had() {
             return None;
         }
         let host = Namespace::new().unwrap();

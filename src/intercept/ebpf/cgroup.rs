@@ -29,6 +29,20 @@ impl Cgroup {
         let directory = File::open(path).map_err(|error| fails(&error))?;
         let kind = rustix::fs::fstatfs(&directory).map_err(|error| fails(&error))?.f_type;
         if u32::try_from(kind) != Ok(MAGIC) {
+            return Err(fails(&"not a directory of cgroup version 2; its file system is often at /sys/fs/cgroup"));
+        }
+        let id = directory.metadata().map_err(|error| fails(&error))?.ino();
+        Ok(Self { directory, id, path: path.to_owned() })
+    }
+
+    /// The one that this process is in.
+    ///
+    /// # Errors
+    /// If there is none of version 2, or if it surely is the wrong one: in a cgroup namespace of its own a container sees
+    /// no other's cgroup, so the workload in the next container is not below what it sees.
+    pub fn own() -> Result<Self, Error> {
+        let read = |path: &str| std::fs::read_to_string(path).map_err(|error| Error::new(format!("{path}: {error}")));
+        if !in_first_namespace() {
             return Err(Error::new(
                 "this process has a cgroup namespace of its own, in which the workload's cgroup is not to be seen: mount \
                  the host's /sys/fs/cgroup and name the pod's directory in it with --cgroup",

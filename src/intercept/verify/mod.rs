@@ -8,7 +8,6 @@
 //! Nobody who listens is needed: what is captured while the proxy is down is refused, and that is found here.
 
 mod actor;
-mod link;
 mod probe;
 mod stage;
 

@@ -12,8 +12,8 @@ use ipnet::IpNet;
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
+use super::super::link;
 use super::super::plan::Plan;
-use super::link;
 
 /// The addresses of one family: ours, and that of the host at the other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +47,7 @@ impl Stage {
     pub(super) fn build(plan: &Plan) -> Result<Self, String> {
         let far = namespace()?;
         let name = format!("pcl-{:08x}", fastrand::u32(..));
-        link::create(&name, &far).map_err(|errno| match errno {
+        link::pair(&name, &name, &far).map_err(|errno| match errno {
             Errno::PERM => "a link for probes takes CAP_NET_ADMIN".to_owned(),
             errno => format!("no link for probes can be made: {errno}"),
         })?;

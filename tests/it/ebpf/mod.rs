@@ -139,3 +139,26 @@ async fn only_the_cgroup_and_only_the_namespace_are_captured() {
     });
     assert_eq!(elsewhere.await.unwrap().went, Went::Direct);
 }
+
+#[tokio::test]
+async fn with_the_rules_of_the_same_plan_nothing_outside_the_cgroup_gets_round() {
+    let Some(parts) = Gate::net() else { return };
+    let plan = gate::plan_with(|outbound| outbound.skip_uids = vec![2001]);
+    let gate = Gate::closed(parts, plan.clone()).await;
+    let (v4, v6) = (gate.pod.v4, gate.pod.v6);
+    gate.pod.run(ROOT, move || portcullis::intercept::apply(&plan)).await.unwrap();
+    for (to, own) in servers().into_iter().zip([v4.into(), v6.into()]) {
+        assert_eq!(gate.ask(to).await.unwrap().went, Went::ToProxy(to));
+        assert_eq!(gate.ask_as(2001, to, |_| Ok(())).await.unwrap().went, Went::Direct);
+        assert_eq!(gate.ask_as(PROXY, to, |_| Ok(())).await.unwrap().went, Went::Direct);
+        let refused = gate.pod.connect(APPLICATION, to).await.unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+        assert!(gate.pod.connect(PROXY, to).await.is_ok());
+        // Bound to the pod's address, the unspecified one means that address and not loopback.
+        let unspecified = if to.is_ipv4() { "0.0.0.0:7000" } else { "[::]:7000" };
+        gate.neighbour(SocketAddr::new(own, 7000)).await;
+        let bind = move |socket: &socket2::Socket| socket.bind(&SocketAddr::new(own, 0).into());
+        let own = gate.ask_as(APPLICATION, unspecified.parse().unwrap(), bind).await;
+        assert!(own.is_err(), "{own:?}");
+    }
+}
