@@ -102,19 +102,26 @@ fn prerouting_nat(inbound: &InboundCapture) -> Option<Chain> {
     if inbound.mode != InboundMode::Redirect {
         return None;
     }
-    let mut rules = to_us_by_tcp(inbound);
+    let mut rules = vec![only_tcp(), from_here()];
+    rules.extend(to_us(inbound));
     rules.push(rule([Match::Protocol(TCP)], Action::Redirect(inbound.port), "inbound capture"));
     Some(Chain { name: "prerouting_nat", base: base(Kind::Nat, Hook::Prerouting, DSTNAT), rules })
 }
 
-/// A segment that conntrack knows nothing of is not rewritten, so it would hit a port without a socket and the kernel
-/// would reset the connection. Transparent capture is here too, because the destination must still be the original one.
+/// What must not be captured, before NAT gets it. A segment that conntrack knows nothing of is not rewritten, so it would
+/// hit a port without a socket and the kernel would reset the connection. And what is rewritten is routed by its new
+/// destination, so the kernel would never see that it came from elsewhere for 127.0.0.1, whose ports are private.
+/// Transparent capture is here too, because the destination must still be the original one.
 fn prerouting(plan: &Plan, inbound: &InboundCapture) -> Chain {
-    let mut rules = to_us_by_tcp(inbound);
+    let mut rules = vec![only_tcp(), from_here()];
+    rules.extend(
+        loopback().map(|net| rule([Match::Destination(net)], Action::Drop, "loopback is for those who are here")),
+    );
     if inbound.mode == InboundMode::Redirect {
         // Nearly all packets leave the chain here, before the lists.
-        rules.insert(1, rule([Match::State(state::ESTABLISHED | state::NEW)], Action::Return, "conntrack knows it"));
+        rules.push(rule([Match::State(state::ESTABLISHED | state::NEW)], Action::Return, "conntrack knows it"));
     }
+    rules.extend(to_us(inbound));
     rules.push(rule([Match::State(state::INVALID | state::UNTRACKED)], Action::Drop, "cannot be captured"));
     if let InboundMode::Tproxy { .. } = inbound.mode {
         // Answers to connections that were opened from here.
@@ -238,7 +245,7 @@ fn input(plan: &Plan, inbound: &InboundCapture) -> Chain {
     }
     rules.push(rule([Match::Protocol(TCP)], Action::Return, ""));
     if plan.udp != Udp::Allow {
-        rules.push(rule([Match::FromLoopback], Action::Return, "from here"));
+        rules.push(from_here());
         rules.extend(icmp_passes());
         rules.push(rule([Match::State(state::ESTABLISHED)], Action::Return, "answers"));
         rules.extend(sources_pass(inbound));
@@ -275,16 +282,16 @@ fn half_closed(plan: &Plan, port: u16) -> Vec<Rule> {
         .collect()
 }
 
-/// Past these rules are connections from elsewhere to an address of this host that are to be captured.
-fn to_us_by_tcp(inbound: &InboundCapture) -> Vec<Rule> {
-    let mut rules = vec![
-        only_tcp(),
-        rule([Match::FromLoopback], Action::Return, "from here"),
-        rule([Match::ForeignDestination], Action::Return, "not for this host"),
-    ];
+/// Past these rules are connections to an address of this host that are to be captured.
+fn to_us(inbound: &InboundCapture) -> Vec<Rule> {
+    let mut rules = vec![rule([Match::ForeignDestination], Action::Return, "not for this host")];
     rules.extend(sources_pass(inbound));
     rules.extend(ports_pass(TCP, &inbound.skip_ports));
     rules
+}
+
+fn from_here() -> Rule {
+    rule([Match::FromLoopback], Action::Return, "from here")
 }
 
 fn rule<const N: usize>(matches: [Match; N], action: Action, comment: &'static str) -> Rule {

@@ -142,10 +142,12 @@ fn generation(netlink: &mut Netlink) -> Result<u32, Errno> {
     let mut request = Request::default();
     request.message(GETGEN, ACK, &HEADER, &Attributes::default());
     let mut generation = None;
-    netlink.dump(&request, |body| {
-        let body = body.get(HEADER.len()..).unwrap_or_default();
-        generation = attribute(body, NFTA_GEN_ID).and_then(|id| id.u32());
-    })?;
+    netlink
+        .dump(&request, |body| {
+            let body = body.get(HEADER.len()..).unwrap_or_default();
+            generation = attribute(body, NFTA_GEN_ID).and_then(|id| id.u32());
+        })
+        .map_err(without_nftables)?;
     generation.ok_or(Errno::BADMSG)
 }
 
@@ -276,17 +278,24 @@ fn find(netlink: &mut Netlink) -> Result<Found, Errno> {
     Ok(found)
 }
 
+/// A question to a subsystem that the kernel lacks is an invalid argument to it (nfnetlink_rcv_msg); ours are valid.
+fn without_nftables(errno: Errno) -> Errno {
+    if errno == Errno::INVAL { Errno::OPNOTSUPP } else { errno }
+}
+
 /// The flags of our table, if it is there.
 fn flags(netlink: &mut Netlink) -> Result<Option<u32>, Errno> {
     let mut request = Request::default();
     request.message(GETTABLE, DUMP_FLAG, &HEADER, &Attributes::default());
     let mut flags = None;
-    netlink.dump(&request, |body| {
-        let body = body.get(HEADER.len()..).unwrap_or_default();
-        if attribute(body, NFTA_TABLE_NAME).and_then(|name| name.text()) == Some(TABLE) {
-            flags = Some(attribute(body, NFTA_TABLE_FLAGS).and_then(|flags| flags.u32()).unwrap_or_default());
-        }
-    })?;
+    netlink
+        .dump(&request, |body| {
+            let body = body.get(HEADER.len()..).unwrap_or_default();
+            if attribute(body, NFTA_TABLE_NAME).and_then(|name| name.text()) == Some(TABLE) {
+                flags = Some(attribute(body, NFTA_TABLE_FLAGS).and_then(|flags| flags.u32()).unwrap_or_default());
+            }
+        })
+        .map_err(without_nftables)?;
     Ok(flags)
 }
 

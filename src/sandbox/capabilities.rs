@@ -39,6 +39,10 @@ pub(super) fn needed(config: &Config, unprivileged_from: u16) -> CapabilitySet {
     if ports.any(|port| port != 0 && port < unprivileged_from) {
         needed |= CapabilitySet::NET_BIND_SERVICE;
     }
+    // The watch reads the rules by it, where it was given.
+    if config.intercept.is_some() {
+        needed |= CapabilitySet::NET_ADMIN;
+    }
     if marks_sockets(config) {
         // Before Linux 5.17 a mark needs the first; either will do for IP_TRANSPARENT (socket(7), ip(7)).
         needed |= CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW;
@@ -132,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn only_low_ports_and_transparent_sockets_need_capabilities() {
+    fn only_low_ports_and_what_is_captured_need_capabilities() {
         let low = CapabilitySet::NET_BIND_SERVICE;
         for (config, unprivileged_from, expected) in [
             (inbound("0.0.0.0:8443"), 1024, CapabilitySet::empty()),
@@ -142,7 +146,7 @@ mod tests {
             (inbound("0.0.0.0:0"), 1024, CapabilitySet::empty()),
             (outbound("127.0.0.1:25"), 1024, low),
             (outbound("unix:///run/a.sock"), 1024, CapabilitySet::empty()),
-            (captured("mode: redirect"), 1024, CapabilitySet::empty()),
+            (captured("mode: redirect"), 1024, CapabilitySet::NET_ADMIN),
             (captured("mode: tproxy"), 1024, CapabilitySet::NET_ADMIN | CapabilitySet::NET_RAW),
             (
                 config(

@@ -61,10 +61,14 @@ impl Sandbox {
     /// # Errors
     /// Under `sandbox: require`, what cannot be had and why.
     pub fn enter(config: &Config, file: &Path) -> Result<Self, String> {
+        // What the kernel told the process at its start is read on first use, and panics where it can no longer be read.
+        let _ = rustix::param::page_size();
         let mode = config.sandbox;
         if mode == SandboxMode::Off {
             return Ok(Self::off());
         }
+        // Read once, at the first question, from prctl(2) or `/proc/self/auxv`: both are out of reach from within.
+        let _ = rustix::param::page_size();
         let grants = Grants::of(config, file);
         let mut sandbox = Self { report: Report::begin(mode), warnings: grants.notes.clone(), ..Self::off() };
         sandbox.report.no_new_privs = Part::of(rustix::thread::set_no_new_privs(true).map_err(|e| e.to_string()));

@@ -290,8 +290,10 @@ async fn what_somebody_keeps_from_conntrack_does_not_pass() {
     let elsewhere = both(&mesh.stranger, UNDECLARED).await;
     let workloads = both(&mesh.server, PORT).await;
     let untracked = |hook: &str| {
+        let chain = format!("{{ type filter hook {hook} priority -300; }}");
         format!(
-            "table inet somebody_else {{ chain c {{ type filter hook {hook} priority -300; meta l4proto tcp notrack; }} }}"
+            "add table inet somebody_else\nadd chain inet somebody_else c {chain}\n\
+             add rule inet somebody_else c meta l4proto tcp notrack\n"
         )
     };
     // No redirect sees such a packet.

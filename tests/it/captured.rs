@@ -3,10 +3,11 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::process::Command;
 
+use crate::agent::{Agent, entry};
 use crate::harness::{Domain, Proxy, exchange, program, rest_of, succeeds};
 use crate::netns::{APPLICATION, Net, PROXY, Pod, ROOT, hand_over, within_reach};
 use crate::pods::{Workload, marker};
@@ -142,6 +143,42 @@ async fn mtls_and_audited_plaintext_meet_the_workload_at_the_address_that_was_ca
     assert!(said.contains("port 8080 (api, plaintext: audit): safe to go strict? no: 2 let through"), "{said}");
     let counted = [("listener", "api"), ("result", "audited")];
     pod.proxy.metric_reaches("portcullis_plaintext_connections_total", &counted, 2.0).await;
+}
+
+#[tokio::test]
+async fn who_comes_before_the_identity_is_held_and_served_when_it_has_come() {
+    let Some(net) = Net::new() else { return };
+    let (client, server) = (net.pod("client").await, net.pod("server").await);
+    let dir = tempfile::tempdir().unwrap();
+    let domain = Domain::new("a.example");
+    let socket = dir.path().join("agent.sock");
+    let listeners = "inbound:\n  - { name: api, capture: [8080], plaintext: allow, allow: ['spiffe://a.example'] }\n";
+    let config =
+        format!("identity: unix://{}\nintercept: {{ inbound: {{}}, hold: 60s }}\n{listeners}", socket.display());
+    let proxy = server.proxy(&domain, &config).await;
+    let mut apply = Command::new(program());
+    apply.args(["redirect", "apply", "--netns", &server.path(), "--config"]).arg(&proxy.config);
+    succeeds(&mut apply, "").await;
+    let [address, _] = server.at(8080);
+    let workload = Workload::start(&server, address).await;
+    let mut stream = client.connect(APPLICATION, address).await.unwrap();
+    stream.write_all(b"early").await.unwrap();
+    proxy.metric_reaches("portcullis_connections_open", &[("direction", "inbound")], 1.0).await;
+    assert_eq!(proxy.get("/readyz").await.0, 503);
+    assert!(workload.met().is_empty());
+    let entries = format!(
+        "trust_domain: a.example\nentries:\n{}",
+        entry("spiffe://a.example/server", &format!("uid: {PROXY}"), "")
+    );
+    let agent = Agent::start(dir.path(), "agent", &entries).await;
+    proxy.ready().await;
+    workload.heard(b"early").await;
+    let mut back = [0; 5];
+    stream.read_exact(&mut back).await.unwrap();
+    assert_eq!(&back, b"early");
+    drop(stream);
+    assert!(proxy.stop().await.success());
+    agent.stop().await;
 }
 
 #[tokio::test]

@@ -142,6 +142,11 @@ async fn sidecars_in_pods_seal_what_the_wire_carries() {
     exchange(&mut stream, &marker).await.unwrap();
     workload.heard(&marker).await;
     wire.only_sealed(server.v4.into(), &marker).await;
+    // Without any privilege, and in its sandbox, it still tells of itself.
+    let metrics = behind.metrics().await;
+    for figure in ["resident_memory_bytes", "open_fds", "cpu_seconds_total"] {
+        assert!(metrics.sum(&format!("portcullis_process_{figure}"), &[]) > 0.0, "{figure}");
+    }
     drop(stream);
     assert!(before.stop().await.success());
     assert!(behind.stop().await.success());

@@ -301,7 +301,7 @@ async fn transparent_sockets_carry_what_redirects_carry_and_may_keep_the_clients
     pods.apply(&pods.client, &client_config).await;
     let before = pods.client.proxy(&pods.domain, &client_config).await;
     before.ready().await;
-    for (mode, keeps) in [("mode: tproxy", false)] {
+    for (mode, keeps) in [("mode: tproxy", false), ("mode: tproxy, preserve_source: true", true)] {
         let config = pods.server_config(Extra { inbound: mode, ..Extra::default() });
         pods.apply(&pods.server, &config).await;
         let behind = pods.server.proxy_with(&pods.domain, &config, &["net_admin"]).await;

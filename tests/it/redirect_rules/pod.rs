@@ -111,6 +111,10 @@ impl Pod {
         run(&format!("ip netns exec {} {command}", self.pod))
     }
 
+    pub fn at_peer(&self, command: &str) -> String {
+        run(&format!("ip netns exec {} {command}", self.peer))
+    }
+
     pub fn nft_list(&self) -> String {
         self.in_pod("nft list ruleset")
     }

@@ -194,6 +194,8 @@ fn transparent_capture_hands_over_and_passes_nothing_when_nobody_listens() {
         assert_eq!(pod.peer_asks(PEER_V6, port(POD_V6, 8080)), "inbound [fd99::2]:8080 fd99::1");
         let (_, mut captured) = pod.outside(|| dial(port(POD, 8080))).unwrap();
         assert!(echoes(&mut captured).unwrap());
+        // What the proxy calls of the pod itself does not come in, and is redirected all the same.
+        assert!(pod.pod_asks(PROXY, port(POD, 8080)).starts_with("inbound 10.99.0.2:8080 "));
         // Connections that the pod opens are not taken for inbound ones when their answers come.
         assert!(pod.pod_asks(PROXY, port(PEER, 8080)).starts_with("peer"));
         drop(listening);
@@ -249,7 +251,7 @@ fn a_socket_that_is_bound_to_a_device_does_not_get_out() {
     assert!(bound().unwrap().starts_with("peer"));
     for backend in BACKENDS {
         // A peer that would take the captured segments for its own, if they came.
-        run(&format!("ip netns exec {} sysctl -qw net.ipv4.conf.all.route_localnet=1", pod.peer));
+        pod.at_peer("sysctl -qw net.ipv4.conf.all.route_localnet=1");
         pod.apply(&plan(), backend);
         // Who has made the socket counts, and that was root.
         match bound() {
@@ -257,4 +259,37 @@ fn a_socket_that_is_bound_to_a_device_does_not_get_out() {
             Err(why) => assert_eq!(why.kind(), ErrorKind::TimedOut, "{backend:?}"),
         }
     }
+}
+
+#[test]
+fn nobody_outside_gets_at_what_is_bound_to_loopback() {
+    let Some(pod) = Pod::new() else { return };
+    let _servers = pod.servers();
+    // A peer that sends segments for a loopback address by the wire, and takes the answers. The pod knows its card: a
+    // question for it would come from the loopback address, and stay without an answer.
+    let card = "cat /sys/class/net/eth0/address";
+    let (ours, theirs) = (pod.in_pod(card), pod.at_peer(card));
+    pod.at_peer(&format!("ip neigh replace 127.0.0.9 lladdr {} dev eth0 nud permanent", ours.trim()));
+    pod.in_pod(&format!("ip neigh replace {PEER} lladdr {} dev eth0 nud permanent", theirs.trim()));
+    let settings = ["eth0.route_localnet=1", "eth0.accept_local=1", "all.rp_filter=0", "eth0.rp_filter=0"];
+    for setting in settings {
+        pod.at_peer(&format!("sysctl -qw net.ipv4.conf.{setting}"));
+    }
+    let ask = || {
+        pod.outside(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.bind_device(Some(b"eth0")).unwrap();
+            socket.bind(&port(PEER, 0).into()).unwrap();
+            let asked = socket.connect_timeout(&port("127.0.0.9", 8080).into(), Duration::from_secs(1));
+            asked.and_then(|()| greeted(socket.into())).map(|(line, _)| line).map_err(|why| why.kind())
+        })
+    };
+    for backend in BACKENDS {
+        pod.apply(&plan(), backend);
+        assert_eq!(ask(), Err(ErrorKind::TimedOut), "{backend:?}");
+    }
+    // Without the rules that prevent it, it would be captured as if it were for any address.
+    pod.apply(&plan(), Backend::Nftables);
+    pod.in_pod("nft flush chain inet portcullis prerouting_filter");
+    assert_eq!(ask(), Ok("inbound 127.0.0.9:8080 10.99.0.1".to_owned()));
 }
