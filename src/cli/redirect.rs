@@ -3,6 +3,8 @@
 //! Run once, by an init container or a systemd unit, before the proxy. It needs CAP_NET_ADMIN in the network namespace, and
 //! CAP_SYS_ADMIN besides to enter another one.
 
+#[cfg(feature = "ebpf")]
+mod programs;
 mod verify;
 
 use std::path::{Path, PathBuf};
@@ -11,7 +13,7 @@ use std::process::ExitCode;
 use clap::ValueEnum;
 
 use super::{Failure, Outcome, Streams};
-use crate::config::load;
+use crate::config::{Config, load};
 use crate::intercept::declared::{RESOLV_CONF, resolvers};
 use crate::intercept::{self, Applied, Backend, InboundMode, Plan, Standing};
 
@@ -48,6 +50,10 @@ pub struct ApplyArgs {
     /// What the rules are written with.
     #[arg(long, value_enum, default_value_t = Mode::Auto)]
     pub mode: Mode,
+    /// The cgroup whose processes are captured, if not this process's own.
+    #[cfg(feature = "ebpf")]
+    #[command(flatten)]
+    pub cgroup: programs::CgroupArgs,
 }
 
 /// Arguments of `redirect remove`.
@@ -56,6 +62,10 @@ pub struct RemoveArgs {
     /// The network namespace, if not this process's own: /run/netns/NAME or /proc/PID/ns/net.
     #[arg(long, value_name = "PATH")]
     pub netns: Option<PathBuf>,
+    /// The cgroup whose processes are captured, if not this process's own.
+    #[cfg(feature = "ebpf")]
+    #[command(flatten)]
+    pub cgroup: programs::CgroupArgs,
 }
 
 /// Arguments of `redirect show`.
@@ -78,6 +88,9 @@ pub enum Mode {
     Nft,
     /// The programs iptables-restore and ip6tables-restore.
     Iptables,
+    /// nf_tables, and outbound eBPF programs, as the config must declare them.
+    #[cfg(feature = "ebpf")]
+    Ebpf,
 }
 
 /// How rules are printed.
@@ -103,13 +116,32 @@ pub fn redirect(command: &RedirectCommand, streams: &mut Streams<'_>) -> Outcome
 }
 
 fn apply(args: &ApplyArgs, streams: &mut Streams<'_>) -> Outcome {
-    let plan = plan(&args.config.config)?;
+    let (plan, config) = plan(&args.config.config)?;
+    let by_cgroup = plan.outbound.as_ref().is_some_and(|outbound| outbound.by_cgroup);
+    #[cfg(feature = "ebpf")]
+    if args.mode == Mode::Ebpf && !by_cgroup {
+        let what = "the config does not declare eBPF, and the proxy would miss the rules it declares; write \
+                    `intercept: { outbound: { mode: ebpf } }`";
+        return Err(Failure::new(what));
+    }
+    if args.mode == Mode::Iptables && by_cgroup {
+        return Err(Failure::new("eBPF capture goes with nf_tables; leave `--mode iptables` out"));
+    }
+    #[cfg(feature = "ebpf")]
+    let cgroup = by_cgroup.then(|| args.cgroup.open(&config)).transpose()?;
+    #[cfg(not(feature = "ebpf"))]
+    drop(config);
     let applied = inside(args.netns.as_deref(), || {
         let applied = match args.mode {
-            Mode::Auto => intercept::apply(&plan),
-            Mode::Nft => intercept::apply_with(&plan, Backend::Nftables),
+            Mode::Auto if !by_cgroup => intercept::apply(&plan),
             Mode::Iptables => intercept::apply_with(&plan, Backend::Iptables),
+            _ => intercept::apply_with(&plan, Backend::Nftables),
         }?;
+        // The rules first: they refuse what the programs do not capture yet.
+        #[cfg(feature = "ebpf")]
+        if let Some(cgroup) = &cgroup {
+            intercept::ebpf::apply(&plan, cgroup)?;
+        }
         // The kernel took them; this says that nobody else undid them in the same moment.
         Ok((applied, intercept::standing(&plan)?))
     })?;
@@ -139,7 +171,10 @@ fn told(plan: &Plan, applied: Applied) -> String {
         };
         format!("; inbound to port {} by {how}", inbound.port)
     });
-    let outbound = plan.outbound.as_ref().map(|outbound| format!("; outbound to port {}", outbound.port));
+    let outbound = plan.outbound.as_ref().map(|outbound| {
+        let how = if outbound.by_cgroup { " by eBPF" } else { "" };
+        format!("; outbound to port {}{how}", outbound.port)
+    });
     let Applied { chains, rules, .. } = applied;
     format!(
         "applied {rules} rules in {chains} chains by {backend}{}{}",
@@ -149,13 +184,15 @@ fn told(plan: &Plan, applied: Applied) -> String {
 }
 
 fn remove(args: &RemoveArgs, streams: &mut Streams<'_>) -> Outcome {
+    #[cfg(feature = "ebpf")]
+    inside(args.netns.as_deref(), || args.cgroup.remove())?;
     inside(args.netns.as_deref(), intercept::remove)?;
     writeln!(streams.out, "removed: no rule of portcullis is left")?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn show(args: &ShowArgs, streams: &mut Streams<'_>) -> Outcome {
-    let plan = plan(&args.config.config)?;
+    let (plan, _) = plan(&args.config.config)?;
     match args.format {
         Format::Nft => write!(streams.out, "{}", intercept::nft_text(&plan))?,
         Format::Iptables => {
@@ -167,10 +204,12 @@ fn show(args: &ShowArgs, streams: &mut Streams<'_>) -> Outcome {
 }
 
 /// What a config wants to have captured.
-fn plan(config: &Path) -> Result<Plan, Failure> {
+fn plan(config: &Path) -> Result<(Plan, Config), Failure> {
     let loaded = load(config)?;
-    Plan::declared(&loaded.config, &resolvers(Path::new(RESOLV_CONF)))
-        .ok_or_else(|| Failure::new(format!("{}: nothing is captured; declare it under `intercept`", config.display())))
+    match Plan::declared(&loaded.config, &resolvers(Path::new(RESOLV_CONF))) {
+        Some(plan) => Ok((plan, loaded.config)),
+        None => Err(Failure::new(format!("{}: nothing is captured; declare it under `intercept`", config.display()))),
+    }
 }
 
 fn inside<T: Send>(

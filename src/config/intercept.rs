@@ -2,6 +2,7 @@
 //! captured connections belong to.
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -123,6 +124,11 @@ pub struct OutboundCapture {
     /// The loopback port that captured connections come in at.
     #[schemars(range(min = 1))]
     pub port: u16,
+    /// How they get there.
+    pub mode: OutboundMode,
+    /// `ebpf` only: the directory of the cgroup whose processes are captured; that of `redirect apply` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<PathBuf>,
     /// What becomes of connections that no outbound listener captures.
     pub unmatched: Unmatched,
     /// What becomes of TLS that the workload speaks itself when its server picks something below the profile.
@@ -141,6 +147,8 @@ impl Default for OutboundCapture {
     fn default() -> Self {
         Self {
             port: 15001,
+            mode: OutboundMode::Redirect,
+            cgroup: None,
             unmatched: Unmatched::Refuse,
             watch: PolicyMode::Enforce,
             skip_ports: Vec::new(),
@@ -149,6 +157,17 @@ impl Default for OutboundCapture {
             skip_gids: Vec::new(),
         }
     }
+}
+
+/// How captured outbound connections reach the proxy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OutboundMode {
+    /// Their destination is translated.
+    #[default]
+    Redirect,
+    /// eBPF programs of a cgroup send them there when they are opened. Needs a build with the feature `ebpf`.
+    Ebpf,
 }
 
 /// What becomes of captured connections to somewhere undeclared.

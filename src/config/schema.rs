@@ -13,7 +13,7 @@ pub use super::http::{
     EscapedSlash, ForwardClientCert, Forwarded, GrpcMatch, HeaderMatch, HttpMatch, InboundHttp, Protocol, RegoModules,
 };
 pub use super::intercept::{
-    CapturedDestinations, CapturedPorts, InboundMode, Intercept, Passthrough, Plaintext, Udp, Unmatched,
+    CapturedDestinations, CapturedPorts, InboundMode, Intercept, OutboundMode, Passthrough, Plaintext, Udp, Unmatched,
 };
 pub use super::sandbox::SandboxMode;
 pub use super::traffic::{Detect, HttpLimits, OnDetectTimeout, OutboundHttp, Retries};

@@ -48,7 +48,7 @@ impl Plan {
             skip_destinations: outbound.skip_destinations.iter().map(|network| network.0).collect(),
             skip_uids: outbound.skip_uids.clone(),
             skip_gids: outbound.skip_gids.clone(),
-            by_cgroup: false,
+            by_cgroup: outbound.mode == schema::OutboundMode::Ebpf,
         });
         Some(Self {
             proxy: ProxyOwner { uid: intercept.proxy.uid, gid: intercept.proxy.gid, mark: intercept.proxy.mark },

@@ -58,6 +58,10 @@ impl OwnPorts {
         if self.0.contains(&original.port()) {
             return Err(format!("it was for {original}, a port of the proxy itself"));
         }
+        // The rules capture nothing of the kind. What comes all the same wants to reach what only this host may.
+        if original.ip().is_loopback() {
+            return Err(format!("it was for {original}, which only this host can call"));
+        }
         Ok(original)
     }
 }

@@ -24,6 +24,10 @@ pub struct VerifyArgs {
     /// Do not fail because something cannot be told for want of a capability.
     #[arg(long)]
     pub lenient: bool,
+    /// The cgroup whose processes are captured, if not this process's own.
+    #[cfg(feature = "ebpf")]
+    #[command(flatten)]
+    pub cgroup: super::programs::CgroupArgs,
     /// The form of the answer.
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     pub output: Output,
@@ -43,8 +47,16 @@ pub enum Output {
 /// # Errors
 /// Something passes, or cannot be told; or why nothing could be tried.
 pub(super) fn verify(args: &VerifyArgs, streams: &mut Streams<'_>) -> Outcome {
-    let plan = plan(&args.config.config)?;
-    let findings = inside(args.netns.as_deref(), || Ok(attempt_all(&plan, args.user)))?;
+    let (plan, config) = plan(&args.config.config)?;
+    #[cfg_attr(not(feature = "ebpf"), expect(unused_mut, reason = "another finding comes with eBPF"))]
+    let mut findings = inside(args.netns.as_deref(), || Ok(attempt_all(&plan, args.user)))?;
+    #[cfg(feature = "ebpf")]
+    if plan.outbound.as_ref().is_some_and(|outbound| outbound.by_cgroup) {
+        let cgroup = args.cgroup.open(&config)?;
+        findings.insert(0, inside(args.netns.as_deref(), || Ok(super::programs::finding(&plan, &cgroup)))?);
+    }
+    #[cfg(not(feature = "ebpf"))]
+    drop(config);
     let fine = proven(&findings, args.lenient);
     match args.output {
         Output::Text => {

@@ -7,8 +7,8 @@ use super::limits::time;
 use crate::config::address::Target;
 use crate::config::positions::{Place, at};
 use crate::config::schema::{
-    CapturedPorts, Config, ForwardClientCert, Inbound, InboundMode, Intercept, Outbound, Passthrough, Plaintext,
-    Protocol, ProxyProtocol, Span,
+    CapturedPorts, Config, ForwardClientCert, Inbound, InboundMode, Intercept, Outbound, OutboundMode, Passthrough,
+    Plaintext, Protocol, ProxyProtocol, Span,
 };
 
 /// Entries of any list here: each is a rule that packets or connections are held against.
@@ -96,6 +96,13 @@ fn options(c: &mut Checker<'_>, intercept: &Intercept) {
     }
     if let Some(outbound) = &intercept.outbound {
         port(c, "outbound", outbound.port);
+        if outbound.mode == OutboundMode::Ebpf && !cfg!(feature = "ebpf") {
+            let what = "this build has no eBPF; write `mode: redirect`, or build with the feature `ebpf`";
+            c.error(at!["intercept", "outbound", "mode"], what);
+        }
+        if outbound.cgroup.is_some() && outbound.mode != OutboundMode::Ebpf {
+            c.error(at!["intercept", "outbound", "cgroup"], "needs `mode: ebpf`");
+        }
         entries(c, "outbound", "skip_ports", outbound.skip_ports.len());
         entries(c, "outbound", "skip_destinations", outbound.skip_destinations.len());
         entries(c, "outbound", "skip_uids", outbound.skip_uids.len());

@@ -36,6 +36,8 @@ const APPLY: &str = "run `portcullis redirect apply` with this config in this ne
 pub enum Attempt {
     /// The rules as the kernel shows them.
     Rules,
+    /// The eBPF programs as the kernel shows them.
+    Programs,
     /// That the proxy's own connections pass.
     Proxy,
     /// A connection of the workload.
@@ -59,6 +61,7 @@ impl Attempt {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Rules => "rules",
+            Self::Programs => "eBPF programs",
             Self::Proxy => "the proxy itself",
             Self::OutboundTcp => "outbound TCP",
             Self::OutboundTcpDns => "outbound TCP to port 53",
@@ -237,6 +240,8 @@ impl Scene<'_> {
         let here = |kind| target(kind, near, None, self.cast.inbound_skipped());
         let there = |kind, port| self.stage.there(|| target(kind, far, port, skipped)).unwrap_or_else(failed);
         let play = |attempt| match attempt {
+            // Not attempted: whoever knows the cgroup looks at them.
+            Attempt::Programs => unproven(attempt, "they are looked at elsewhere"),
             Attempt::Rules => rules(self.cast.plan),
             Attempt::Proxy => self.proxy_passes(there(Type::STREAM, None)),
             Attempt::OutboundTcp => captured(attempt, there(Type::STREAM, None), |to| by_tcp(to, application)),
