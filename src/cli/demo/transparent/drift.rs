@@ -37,7 +37,7 @@ impl Story<'_, '_> {
         let frontend = &stage.frontend;
         let [v4, _] = stage.records.pod.at(PORT);
         let said = frontend.remove().await.unwrap_or_else(|why| why);
-        self.telling.screen.tell(Tone::Plain, "drift", &format!("portcullis redirect remove: {said}"))?;
+        self.telling.screen.tell(Tone::Plain, "drift", &format!("redirect remove: {said}"))?;
         let removed = Instant::now();
         let noticed = async || {
             let state = frontend.state().await;
@@ -62,7 +62,7 @@ impl Story<'_, '_> {
         let frontend = &stage.frontend;
         let said = frontend.apply().await.unwrap_or_else(|why| why);
         let said = said.split(';').next().unwrap_or_default();
-        self.telling.screen.tell(Tone::Good, "healed", &format!("portcullis redirect apply: {said}"))?;
+        self.telling.screen.tell(Tone::Good, "healed", &format!("redirect apply: {said}"))?;
         let over = async || {
             let state = frontend.state().await;
             (evidence(&state).is_none() && ready(&state).is_some() && !drifted(frontend).await).then_some(())

@@ -80,8 +80,7 @@ async fn tell(
 ) -> Result<Verdict, Failure> {
     let life = Duration::from_secs((args.seconds / 4).clamp(4, 6));
     let title = screen.bold("Portcullis demo, transparent");
-    let line =
-        format!("{title}: {} s; pods, rules and proxies in a cell of their own, and nothing is left", args.seconds);
+    let line = format!("{title}: {} s; pods, rules and proxies of its own; nothing of them is left", args.seconds);
     screen.line(&line).map_err(unread)?;
     let stage = Stage::build(folder, life).await.map_err(Failure::new)?;
     let mut ledger = Ledger::default();

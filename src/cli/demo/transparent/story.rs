@@ -107,7 +107,7 @@ impl Story<'_, '_> {
         ] {
             self.pod(&sidecar.pod, &what)?;
         }
-        self.pod(&stage.wire.0, "anybody on the wire, without rules or proxy")?;
+        self.pod(&stage.wire.0, "anybody, without rules or proxy")?;
         let url = url(stage.records.pod.at(PORT)[0], IN_CLEAR);
         let got = self.ask(&stage.frontend.pod, &url).await;
         let passed = self.passed().await?;
@@ -133,7 +133,7 @@ impl Story<'_, '_> {
             };
             all &= tone == Tone::Good;
             let said = said.split(';').next().unwrap_or_default();
-            let what = format!("/{:<9} portcullis redirect apply: {said}", sidecar.pod.name);
+            let what = format!("/{:<9} redirect apply: {said}", sidecar.pod.name);
             self.telling.screen.tell(tone, "rules", &what)?;
         }
         self.telling.ledger.tick(Shown::Rules, all);
