@@ -190,6 +190,16 @@ impl House {
 }
 
 impl Proxy {
+    /// The probes that come in at the inbound capture.
+    pub(super) fn arrivals(&self) -> Arc<Arrivals> {
+        self.house().captures.arrivals()
+    }
+
+    /// Turns true when the captures stop. Who holds it keeps the drain waiting for a moment.
+    pub(super) fn captures_stop(&self) -> watch::Receiver<bool> {
+        self.house().captures.stop().subscribe()
+    }
+
     /// Who speaks plaintext to captured ports, and where plaintext could be refused.
     pub fn plaintext(&self) -> Vec<ledger::Port> {
         let listeners = self.house().config.inbound.clone();

@@ -26,7 +26,6 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::identity::Identity;
 use crate::identity::keeper::Current;
-use crate::intercept::Arrivals;
 use crate::policy::Policy;
 use crate::proxy::inherited::Inherited;
 use crate::proxy::ledger::Ledger;
@@ -394,16 +393,6 @@ impl Proxy {
         let serving = house.inbound.values().all(|running| running.listener.state.load().tls.is_some())
             && house.outbound.values().all(|running| running.listener.state.load().tls.is_some());
         self.shared.published.send_replace(serving);
-    }
-
-    /// The probes that come in at the inbound capture.
-    fn arrivals(&self) -> Arc<Arrivals> {
-        self.house().captures.arrivals()
-    }
-
-    /// Turns true when the captures stop. Who holds it keeps the drain waiting for a moment.
-    fn captures_stop(&self) -> watch::Receiver<bool> {
-        self.house().captures.stop().subscribe()
     }
 
     /// Stops accepting, waits up to `timeout` for open connections to end, then ends the rest. Answers how many those

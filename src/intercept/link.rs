@@ -7,13 +7,15 @@ use std::os::fd::{AsFd, AsRawFd};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType};
 
-use super::netlink::{ACK, Attributes, CREATE, EXCLUSIVE, Netlink, Request};
+use super::netlink::{ACK, Attributes, CREATE, DUMP_FLAG, EXCLUSIVE, Netlink, Request, attribute};
 
 const NEWLINK: u16 = 16;
 const DELLINK: u16 = 17;
+const GETLINK: u16 = 18;
 const NEWADDR: u16 = 20;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MASTER: u16 = 10;
+const IFLA_OPERSTATE: u16 = 16;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_INFO_KIND: u16 = 1;
@@ -24,6 +26,8 @@ const IFA_LOCAL: u16 = 2;
 /// IFA_F_NODAD: the address is used at once, without asking whether somebody else has it.
 const NODAD: u8 = 2;
 const IFF_UP: u32 = 1;
+/// IF_OPER_UP (RFC 2863).
+const OPERATIONAL: u8 = 6;
 /// struct ifinfomsg.
 const LINK_HEADER: usize = 16;
 
@@ -53,6 +57,20 @@ pub(crate) fn up(name: &str) -> Result<(), Errno> {
     // Its flags, and which of them are meant.
     let header = [0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d, a, b, c, d];
     transact(NEWLINK, 0, &header, &Attributes::default().text(IFLA_IFNAME, name))
+}
+
+/// Whether an interface of this thread's namespace carries packets. Until the kernel has seen that both ends are up, some time
+/// after they are, it drops them.
+pub(super) fn carries(name: &str) -> Result<bool, Errno> {
+    let mut request = Request::default();
+    request.message(GETLINK, DUMP_FLAG, &[0; LINK_HEADER], &Attributes::default());
+    let mut carries = false;
+    Netlink::open(None)?.dump(&request, |body| {
+        let body = body.get(LINK_HEADER..).unwrap_or_default();
+        let named = attribute(body, IFLA_IFNAME).is_some_and(|found| found.text() == Some(name));
+        carries |= named && attribute(body, IFLA_OPERSTATE).is_some_and(|state| state.value == [OPERATIONAL]);
+    })?;
+    Ok(carries)
 }
 
 /// Joins an interface to a bridge.

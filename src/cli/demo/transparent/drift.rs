@@ -70,7 +70,8 @@ impl Story<'_, '_> {
         let over = self.telling.until(over).await?.is_some();
         let url = url(address, ALLOWED);
         let answered = over && self.ask(&frontend.pod, &url).await.body().is_some();
-        self.telling.seen(Shown::Healed, answered, "answer", &format!("{:<45} 200; {SERIES} 0", format!("curl {url}")))
+        self.telling.seen(Shown::Healed, answered, "answer", &format!("{:<45} 200", format!("curl {url}")))?;
+        self.telling.screen.more(&format!("{SERIES} {}", u8::from(!over)))
     }
 }
 

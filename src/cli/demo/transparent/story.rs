@@ -198,7 +198,7 @@ impl Story<'_, '_> {
         let proven = at == address.to_string() && caller == id("frontend");
         self.telling.seen(shown, proven, "answer", &format!("{:<45} {}", format!("curl {url}"), status(&got)))?;
         if proven {
-            self.telling.screen.more(&format!("the service was asked at {at}, by {caller}"))?;
+            self.telling.screen.more(&format!("asked at {at} by {caller}"))?;
         }
         Ok(())
     }
