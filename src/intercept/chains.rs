@@ -10,7 +10,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use super::plan::{InboundCapture, InboundMode, OutboundCapture, Plan, Udp, WORKLOAD_TOS};
+use super::plan::{InboundCapture, InboundMode, OutboundCapture, Plan, ProxyOwner, Udp, WORKLOAD_TOS};
 use super::rules::{
     Action, Base, Chain, Family, Hook, ICMP, ICMPV6, Kind, Match, Routing, Rule, Ruleset, TCP, Timeout, UDP, state,
 };
@@ -178,6 +178,7 @@ fn output(plan: &Plan) -> Option<Chain> {
         rules.push(rule(answer, Action::Drop, "would not come from the address that was called"));
     }
     for port in ports.into_iter().flatten() {
+        rules.extend(impostor(plan, port));
         rules.extend(half_closed(plan, port));
     }
     // Its own legs are not rewritten. But the next segment of one that conntrack has forgotten is to it the first of a
@@ -196,6 +197,20 @@ fn output(plan: &Plan) -> Option<Chain> {
         return None;
     }
     Some(Chain { name: "output_filter", base: base(Kind::Filter, Hook::Output, FILTER), rules })
+}
+
+/// While no proxy runs, anybody may listen on its port, and would be sent what was captured. Nobody else's answer leaves:
+/// there is no connection. Root is none of them: what socket activation hands over is root's. A mark says nothing of who
+/// listens, so there is no such rule where that is declared.
+fn impostor(plan: &Plan, port: u16) -> Option<Rule> {
+    let ProxyOwner { uid, gid, mark: None } = plan.proxy else { return None };
+    let others = [uid.map(Match::NotUid), gid.map(Match::NotGid)];
+    if others.iter().all(Option::is_none) {
+        return None;
+    }
+    let always = [Match::SourcePort(TCP, port), Match::NotUid(0)];
+    let matches = always.into_iter().chain(others.into_iter().flatten()).collect();
+    Some(Rule { matches, actions: vec![Action::Drop], comment: "somebody else has the port of the proxy" })
 }
 
 fn uncaptured(plan: &Plan, outbound: &OutboundCapture) -> Vec<Rule> {

@@ -97,6 +97,9 @@ impl Program {
             Match::NotProtocol(protocol) => self.meta_is(META_L4PROTO, Is::Other, &[protocol]),
             Match::Uid(uid) => self.meta_is(META_SKUID, Is::Equal, &uid.to_ne_bytes()),
             Match::Gid(gid) => self.meta_is(META_SKGID, Is::Equal, &gid.to_ne_bytes()),
+            // Without a socket there is nothing to compare, and the rule ends.
+            Match::NotUid(uid) => self.meta_is(META_SKUID, Is::Other, &uid.to_ne_bytes()),
+            Match::NotGid(gid) => self.meta_is(META_SKGID, Is::Other, &gid.to_ne_bytes()),
             Match::Mark(mark) => self.meta_is(META_MARK, Is::Equal, &mark.to_ne_bytes()),
             Match::FromLoopback => self.meta_is(META_IIF, Is::Equal, &LOOPBACK.to_ne_bytes()),
             Match::ToLoopback => self.meta_is(META_OIF, Is::Equal, &LOOPBACK.to_ne_bytes()),

@@ -150,6 +150,9 @@ fn match_text(condition: &Match, family: Family, protocol: &mut Option<String>) 
         }
         Match::Uid(uid) => Some(format!("-m owner --uid-owner {uid}")),
         Match::Gid(gid) => Some(format!("-m owner --gid-owner {gid}")),
+        // Where no socket sends, such as with a reset, the user is another one to this match, unless it asks for a socket.
+        Match::NotUid(uid) => Some(format!("-m owner --socket-exists ! --uid-owner {uid}")),
+        Match::NotGid(gid) => Some(format!("-m owner --socket-exists ! --gid-owner {gid}")),
         Match::Mark(mark) => Some(format!("-m mark --mark {mark:#x}")),
         Match::FromLoopback => Some("-i lo".to_owned()),
         Match::ToLoopback => Some("-o lo".to_owned()),

@@ -94,6 +94,8 @@ fn match_text(condition: &Match) -> String {
         Match::NotProtocol(number) => format!("meta l4proto != {}", protocol(number)),
         Match::Uid(uid) => format!("meta skuid {uid}"),
         Match::Gid(gid) => format!("meta skgid {gid}"),
+        Match::NotUid(uid) => format!("meta skuid != {uid}"),
+        Match::NotGid(gid) => format!("meta skgid != {gid}"),
         Match::Mark(mark) => format!("meta mark {mark:#x}"),
         Match::FromLoopback => "meta iif lo".to_owned(),
         Match::ToLoopback => "meta oif lo".to_owned(),

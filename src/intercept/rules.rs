@@ -141,6 +141,10 @@ pub(super) enum Match {
     Uid(u32),
     /// The group of the sending socket.
     Gid(u32),
+    /// There is a sending socket, and it is another user's.
+    NotUid(u32),
+    /// The same of the group.
+    NotGid(u32),
     /// The mark of the packet.
     Mark(u32),
     /// It came in by the loopback interface.

@@ -338,3 +338,17 @@ async fn what_somebody_keeps_from_conntrack_does_not_pass() {
         nothing_gets_through(&mesh, &mesh.stranger, &mesh.server.at(PORT), &workloads).await;
     }
 }
+
+#[tokio::test]
+async fn who_takes_the_capture_port_while_no_proxy_runs_is_reached_by_nobody() {
+    for rules in BACKENDS {
+        let Some(pods) = Pods::ruled_by(rules) else { return };
+        let pods = pods.await;
+        pods.apply(&pods.server, &pods.server_config(Extra::default())).await;
+        // As the kernel has it by default: to answer data in the SYN takes another setting than to send some.
+        pods.server.sysctl("net/ipv4/tcp_fastopen", "1").await;
+        let [_, inbound] = CAPTURE_PORTS;
+        let workloads = both(&pods.server, inbound).await;
+        nothing_gets_through(&pods, &pods.stranger, &pods.server.at(PORT), &workloads).await;
+    }
+}
