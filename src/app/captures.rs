@@ -3,18 +3,28 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use super::{ApplyError, House, Proxy};
 use crate::config::Config;
-use crate::config::schema::{CapturedPorts, InboundMode, Plaintext};
+use crate::config::intercept;
+use crate::config::schema::{CapturedPorts, Connections, InboundMode, Plaintext};
 use crate::intercept::Arrivals;
-use crate::proxy::capture::{InboundCapture, OutboundCapture, OwnPorts};
+use crate::policy::Passage;
+use crate::proxy::capture::{InboundCapture, OutboundCapture, OwnPorts, Terms};
+use crate::proxy::dialer::Dialer;
 use crate::proxy::inherited::Inherited;
-use crate::proxy::ledger::{self, Ledger};
+use crate::proxy::ledger;
 use crate::proxy::listener::{Address, Listener, Shared};
+use crate::proxy::passthrough::{Passed, Passing};
+use crate::proxy::record::Cause;
+use crate::proxy::registry::Entry;
+
+/// How long the destination of a connection that no listener takes may take to accept.
+const DIAL: Duration = Duration::from_secs(3);
 
 /// What captures, in one direction or both.
 #[derive(Debug, Default)]
@@ -96,6 +106,14 @@ impl Captures {
                 _ => {}
             }
         }
+        if let Some(capture) = &self.outbound {
+            traffic.spawn(Arc::clone(capture).follow_names(self.stop.subscribe()));
+        }
+    }
+
+    /// Whether a live connection that passes through would still do so; the cause if not.
+    pub(super) fn rejudge(&self, entry: &Entry, passed: &Passed) -> Option<Cause> {
+        self.outbound.as_ref().and_then(|capture| capture.rejudge(entry, passed))
     }
 
     /// The probes that come in at the inbound capture.
@@ -116,10 +134,10 @@ impl Captures {
 
 impl House {
     /// Tells the captures which listeners take what.
-    pub(super) fn declare_captures(&self, ledger: &Ledger) {
+    pub(super) fn declare_captures(&self, shared: &Shared) {
         let captured = || self.config.inbound.iter().filter_map(|listener| listener.capture.as_ref());
         let named = captured().flat_map(CapturedPorts::named).copied().collect();
-        ledger.declare(&named, captured().any(|capture| *capture == CapturedPorts::Any));
+        shared.ledger.declare(&named, captured().any(|capture| *capture == CapturedPorts::Any));
         if let Some(capture) = &self.captures.inbound {
             capture.declare(self.config.inbound.iter().filter_map(|declared| {
                 let running = self.inbound.get(&declared.name)?;
@@ -131,12 +149,57 @@ impl House {
                 let running = self.outbound.get(&declared.name)?;
                 Some((declared.capture.clone()?, Arc::clone(&running.listener)))
             });
-            capture.declare(listeners.collect());
+            let terms = Terms {
+                unmatched: Arc::new(self.passing(
+                    Passage::of_unmatched(self.outbound_capture().unmatched),
+                    false,
+                    self.config.connections.clone(),
+                    (Dialer::declared(self.config.intercept.as_ref(), false, &shared.dials), DIAL),
+                )),
+                detect: Arc::new(self.config.detect.clone()),
+                max_header_bytes: self.config.http.max_header_bytes,
+            };
+            capture.declare(listeners.collect(), terms);
+        }
+    }
+
+    /// What is declared for outbound traffic as a whole.
+    fn outbound_capture(&self) -> intercept::OutboundCapture {
+        self.config.intercept.as_ref().and_then(|intercept| intercept.outbound.clone()).unwrap_or_default()
+    }
+
+    /// How something passes through.
+    pub(super) fn passing(
+        &self,
+        passage: Passage,
+        legacy_tls12: bool,
+        limits: Connections,
+        (dialer, connect_timeout): (Dialer, Duration),
+    ) -> Passing {
+        Passing {
+            passage,
+            watch: self.outbound_capture().watch,
+            profile: Arc::clone(&self.profile),
+            legacy_tls12,
+            limits,
+            detect: Arc::new(self.config.detect.clone()),
+            dialer,
+            connect_timeout,
         }
     }
 }
 
 impl Proxy {
+    /// The probes that come in at the inbound capture.
+    pub(super) fn arrivals(&self) -> Arc<Arrivals> {
+        self.house().captures.arrivals()
+    }
+
+    /// Turns true when the captures stop. Who holds it keeps the drain waiting for a moment.
+    pub(super) fn captures_stop(&self) -> watch::Receiver<bool> {
+        self.house().captures.stop().subscribe()
+    }
+
     /// Who speaks plaintext to captured ports, and where plaintext could be refused.
     pub fn plaintext(&self) -> Vec<ledger::Port> {
         let listeners = self.house().config.inbound.clone();

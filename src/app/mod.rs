@@ -26,7 +26,6 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::identity::Identity;
 use crate::identity::keeper::Current;
-use crate::intercept::Arrivals;
 use crate::policy::Policy;
 use crate::proxy::inherited::Inherited;
 use crate::proxy::ledger::Ledger;
@@ -289,7 +288,7 @@ impl Proxy {
             let socket = socket.map(|socket| self.spawn(socket, run));
             house.outbound.insert(name, Running { listener: serving, socket });
         }
-        house.declare_captures(&self.shared.ledger);
+        house.declare_captures(&self.shared);
         self.publish(&mut house, identity);
         Ok(())
     }
@@ -370,8 +369,9 @@ impl Proxy {
             }
         }
         let mut requests = 0;
-        let ended = self.shared.registry.rejudge(|entry, known| match entry.direction {
-            Direction::Inbound => match house.inbound.get(&*entry.listener) {
+        let ended = self.shared.registry.rejudge(|entry, known| match (entry.direction, known) {
+            (_, Known::Passing(passed)) => house.captures.rejudge(entry, passed),
+            (Direction::Inbound, _) => match house.inbound.get(&*entry.listener) {
                 Some(running) => {
                     let state = running.listener.state.load();
                     let cause = state.rejudge(entry, known, &self.shared.clock);
@@ -382,7 +382,7 @@ impl Proxy {
                 }
                 None => Some(Cause::Drained),
             },
-            Direction::Outbound => match house.outbound.get(&*entry.listener) {
+            (Direction::Outbound, _) => match house.outbound.get(&*entry.listener) {
                 Some(running) => running.listener.state.load().rejudge(entry, known, &self.shared.clock),
                 None => Some(Cause::Drained),
             },
@@ -393,16 +393,6 @@ impl Proxy {
         let serving = house.inbound.values().all(|running| running.listener.state.load().tls.is_some())
             && house.outbound.values().all(|running| running.listener.state.load().tls.is_some());
         self.shared.published.send_replace(serving);
-    }
-
-    /// The probes that come in at the inbound capture.
-    fn arrivals(&self) -> Arc<Arrivals> {
-        self.house().captures.arrivals()
-    }
-
-    /// Turns true when the captures stop. Who holds it keeps the drain waiting for a moment.
-    fn captures_stop(&self) -> watch::Receiver<bool> {
-        self.house().captures.stop().subscribe()
     }
 
     /// Stops accepting, waits up to `timeout` for open connections to end, then ends the rest. Answers how many those

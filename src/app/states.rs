@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use super::House;
 use crate::config::address;
-use crate::config::schema::{self, Protocol};
+use crate::config::schema::{self, Passthrough, Protocol};
 use crate::identity::Identity;
-use crate::policy::{Expected, Plaintext};
+use crate::policy::{Expected, Passage, Plaintext};
 use crate::proxy::dialer::Dialer;
 use crate::proxy::http::{ByAddress, Mesh, Pool, Pools};
 use crate::proxy::listener::Shared;
@@ -131,9 +131,20 @@ impl House {
                 Pools::One(Pool::mesh(shared, name, mesh(hosts()?), declared.http.clone()))
             }
         };
+        let passing = (declared.passthrough != Passthrough::Off).then(|| {
+            let passage = Passage::of_listener(name, declared.passthrough);
+            Arc::new(self.passing(
+                passage,
+                declared.legacy_tls12,
+                limits.clone(),
+                (dialer.clone(), declared.connect_timeout.0),
+            ))
+        });
         Some(OutboundState {
             to: hosts()?,
             expected,
+            passing,
+            hosts: declared.capture.iter().flat_map(|capture| &capture.http_hosts).cloned().collect(),
             limits,
             protocol: declared.protocol,
             server_first: self.server_first(ports),

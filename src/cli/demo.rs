@@ -10,25 +10,30 @@ mod intruders;
 mod journal;
 mod ledger;
 mod requests;
+mod rotations;
 mod scrape;
 mod screen;
 mod story;
 mod summary;
+mod telling;
+mod transparent;
 mod workloads;
 mod world;
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use self::journal::Journal;
 use self::ledger::Ledger;
 use self::screen::{Screen, Style, Tone};
-use self::story::{Story, short};
+use self::story::Story;
+use self::telling::{Telling, short};
 use self::world::{DOMAIN, World};
 use super::{Failure, Outcome, Streams};
 use crate::clock::Clock;
@@ -45,6 +50,12 @@ pub struct DemoArgs {
     /// Write the sidecars' logs to this file (JSON lines); they are not shown otherwise.
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
+    /// Show it with curl, which knows of nothing, in network namespaces that stand for pods. Needs root.
+    #[arg(long, conflicts_with = "keep")]
+    pub transparent: bool,
+    /// This is the first process of the demo's own namespaces.
+    #[arg(long, hide = true, requires = "transparent")]
+    pub inside: bool,
 }
 
 /// Shows the demo.
@@ -52,7 +63,10 @@ pub struct DemoArgs {
 /// # Errors
 /// What it meant to show and could not.
 pub fn demo(args: &DemoArgs, streams: &mut Streams<'_>) -> Outcome {
-    let journal = log_to(args.log.as_deref())?;
+    if args.transparent {
+        return transparent::demo(args, streams);
+    }
+    let journal = Journal::start(log_to(args.log.as_deref())?).map_err(Failure::new)?;
     super::give_memory_back();
     let traffic = super::run::traffic_runtime(super::run::threads_by_quota())?;
     let control = Builder::new_multi_thread()
@@ -68,11 +82,11 @@ pub fn demo(args: &DemoArgs, streams: &mut Streams<'_>) -> Outcome {
     outcome
 }
 
-fn log_to(path: Option<&std::path::Path>) -> Result<Journal, Failure> {
+fn log_to(path: Option<&std::path::Path>) -> Result<Option<File>, Failure> {
     let create = |path: &std::path::Path| {
-        std::fs::File::create(path).map_err(|error| Failure::new(format!("{}: {error}", path.display())))
+        File::create(path).map_err(|error| Failure::new(format!("{}: {error}", path.display())))
     };
-    Journal::start(path.map(create).transpose()?).map_err(Failure::new)
+    path.map(create).transpose()
 }
 
 /// A reader who is gone has not seen everything, so that is no success; but there is nobody to tell.
@@ -80,24 +94,43 @@ fn unread(error: std::io::Error) -> Failure {
     Failure { code: 1, ..Failure::from(error) }
 }
 
+/// Somebody may ask us to stop.
+struct Stop {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stop {
+    fn new() -> Result<Self, Failure> {
+        let of = |kind| signal(kind).map_err(Failure::new);
+        Ok(Self { terminate: of(SignalKind::terminate())?, interrupt: of(SignalKind::interrupt())? })
+    }
+
+    async fn asked(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+fn stopped(screen: &mut Screen<'_>) -> Outcome {
+    screen.rest().map_err(unread)?;
+    Err(Failure::new("stopped before the story was over"))
+}
+
 async fn show(args: &DemoArgs, screen: &mut Screen<'_>, journal: &Journal, traffic: &Handle) -> Outcome {
-    let mut terminate = signal(SignalKind::terminate()).map_err(Failure::new)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::new)?;
+    let mut stop = Stop::new()?;
     let told = tokio::select! {
         told = tell(args, screen, journal, traffic) => Some(told?),
-        _ = interrupt.recv() => None,
-        _ = terminate.recv() => None,
+        () = stop.asked() => None,
     };
     let Some((world, mut frontend, verdict)) = told else {
-        screen.rest().map_err(unread)?;
-        return Err(Failure::new("stopped before the story was over"));
+        return stopped(screen);
     };
     if args.keep {
         invite(screen, &world).map_err(unread)?;
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
+        stop.asked().await;
         frontend.stop().await;
         let (requests, failures) = frontend.tally.counts();
         let tone = if failures == 0 { Tone::Good } else { Tone::Bad };
@@ -139,11 +172,9 @@ async fn tell(args: &DemoArgs, screen: &mut Screen<'_>, journal: &Journal, traff
     screen.tell(Tone::Plain, "authority", &what).map_err(unread)?;
     let world = Arc::new(World::start(authority, life, traffic).await.map_err(Failure::new)?);
     let mut story = Story {
-        screen,
-        ledger: &mut ledger,
+        telling: Telling { screen: &mut *screen, ledger: &mut ledger, total, tally: None },
         world: Arc::clone(&world),
         journal: journal.clone(),
-        total,
         frontend: None,
     };
     let told = story.tell().await;

@@ -272,7 +272,7 @@ fn the_pod_of_the_examples_applies_the_rules_before_all_else_and_no_other_contai
     let capabilities = |container: &serde_json::Value| container["securityContext"]["capabilities"].clone();
     assert_eq!(capabilities(redirect), serde_json::json!({ "drop": ["ALL"], "add": ["NET_ADMIN"] }));
     assert_eq!(proxy["restartPolicy"], "Always");
-    let file = root("examples/transparent.yaml");
+    let file = root("examples/kubernetes/portcullis.yaml");
     let config = crate::config::load(&file).unwrap().config;
     let intercept = config.intercept.as_ref().unwrap();
     let user = |container: &serde_json::Value| container["securityContext"]["runAsUser"].as_u64();

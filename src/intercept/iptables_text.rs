@@ -69,7 +69,7 @@ pub(super) fn text(ruleset: &Ruleset, family: Family, present: &Present) -> Stri
             let _ = writeln!(text, ":{} - [0:0]", name_of(chain));
         }
         for chain in &chains {
-            for line in chain.rules.iter().filter_map(|rule| rule_text(rule, family)).flatten() {
+            for line in chain.rules.iter().filter_map(|rule| rule_text(rule, family, table)).flatten() {
                 let _ = writeln!(text, "-A {} {line}", name_of(chain));
             }
         }
@@ -104,13 +104,13 @@ fn stale(table: &str, chains: &[&Chain], present: &Present) -> String {
 }
 
 /// The lines of a rule, without the chain; none where it is for the other family or cannot be said.
-fn rule_text(rule: &Rule, family: Family) -> Option<Vec<String>> {
+fn rule_text(rule: &Rule, family: Family, table: &str) -> Option<Vec<String>> {
     let mut matches = Vec::new();
     let mut protocol = None;
     for condition in &rule.matches {
         matches.extend(match_text(condition, family, &mut protocol)?);
     }
-    let target = rule.actions.iter().find_map(action_text)?;
+    let target = rule.actions.iter().find_map(|action| action_text(action, table))?;
     if !rule.comment.is_empty() {
         matches.push(format!("-m comment --comment \"{}\"", rule.comment));
     }
@@ -210,11 +210,12 @@ fn states_text(states: u32) -> String {
 }
 
 /// The target of an action; none where iptables has no word for it.
-fn action_text(action: &Action) -> Option<String> {
+fn action_text(action: &Action, table: &str) -> Option<String> {
     Some(match action {
         Action::Return => "-j RETURN".to_owned(),
         Action::Accept => "-j ACCEPT".to_owned(),
-        // REJECT is of the table `filter` only, and resets are wanted in `mangle`.
+        // REJECT is of the table `filter` only.
+        Action::Reset if table == "filter" => "-j REJECT --reject-with tcp-reset".to_owned(),
         Action::Drop | Action::Reset => "-j DROP".to_owned(),
         Action::Unreachable => "-j REJECT".to_owned(),
         Action::Redirect(port) => format!("-j REDIRECT --to-ports {port}"),

@@ -25,6 +25,7 @@ pub mod ebpf;
 mod expressions;
 mod iptables;
 mod iptables_text;
+pub(crate) mod link;
 mod netlink;
 mod netns;
 mod nft_text;

@@ -1,10 +1,10 @@
-//! The gate as a type: an [`Admitted`] is made here, out of a proven peer and a decision, and nowhere else; for plaintext,
-//! out of a listener's declared permission.
+//! The gate as a type: an [`Admitted`] is made here, out of a proven peer and a decision, and nowhere else; for plaintext
+//! that is let in and for what passes through, which prove nothing, out of what is declared for them.
 
 use std::sync::Arc;
 
 use super::{Decision, HttpFacts, ListenerPolicy, PeerPolicy, RequestDecision, Verdict};
-use crate::config::schema::{self, PolicyMode};
+use crate::config::schema::{self, Passthrough, PolicyMode, Unmatched};
 use crate::identity::SpiffeId;
 
 /// Something whose SPIFFE ID has been proven.
@@ -15,6 +15,12 @@ pub trait Subject {
 
 /// Bytes of somebody who has proven nothing.
 pub trait Unproven {}
+
+/// Something that asks to pass through as it is, without mTLS of ours.
+pub trait Passenger {
+    /// Whether it speaks TLS itself, as far as that is known.
+    fn speaks_tls(&self) -> Option<bool>;
+}
 
 /// A request whose facts have been taken.
 pub trait HttpSubject {
@@ -39,6 +45,11 @@ impl<T, D> Admitted<T, D> {
     /// What was admitted, for a look.
     pub fn subject(&self) -> &T {
         &self.subject
+    }
+
+    /// What was admitted, while it is made ready.
+    pub fn subject_mut(&mut self) -> &mut T {
+        &mut self.subject
     }
 
     /// What was admitted, to work with.
@@ -69,6 +80,55 @@ impl PeerPolicy {
     ) -> Result<Admitted<T, RequestDecision>, (T, RequestDecision)> {
         let decision = self.decide(subject.facts());
         if decision.decision.admits() { Ok(Admitted { subject, decision }) } else { Err((subject, decision)) }
+    }
+}
+
+/// What may pass through to where it was for, by the word of the config alone: nobody proves an identity there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Passage {
+    passes: Passthrough,
+    rule: Arc<str>,
+}
+
+impl Passage {
+    /// What the outbound listener of that name lets pass.
+    pub fn of_listener(listener: &str, passes: Passthrough) -> Self {
+        Self { passes, rule: format!("passthrough:{listener}").into() }
+    }
+
+    /// What passes that no listener takes.
+    pub fn of_unmatched(unmatched: Unmatched) -> Self {
+        let passes = match unmatched {
+            Unmatched::Refuse => Passthrough::Off,
+            Unmatched::Tls => Passthrough::Tls,
+            Unmatched::Passthrough => Passthrough::Any,
+        };
+        Self { passes, rule: "unmatched".into() }
+    }
+
+    /// What passes.
+    pub fn passes(&self) -> Passthrough {
+        self.passes
+    }
+
+    /// The decision about what speaks TLS, or not, or is silent as yet.
+    pub fn decide(&self, speaks_tls: Option<bool>) -> Decision {
+        let passes = match self.passes {
+            Passthrough::Off => false,
+            Passthrough::Tls => speaks_tls == Some(true),
+            Passthrough::Any => true,
+        };
+        let verdict = if passes { Verdict::Allow } else { Verdict::Deny };
+        Decision { verdict, rule: Arc::clone(&self.rule), mode: PolicyMode::Enforce, audited: None }
+    }
+
+    /// Admits what passes, or gives it back with the decision that refused it.
+    ///
+    /// # Errors
+    /// The subject and the decision.
+    pub fn admit<T: Passenger>(&self, subject: T) -> Result<Admitted<T>, (T, Decision)> {
+        let decision = self.decide(subject.speaks_tls());
+        if decision.admits() { Ok(Admitted { subject, decision }) } else { Err((subject, decision)) }
     }
 }
 

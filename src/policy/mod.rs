@@ -12,6 +12,6 @@ pub mod pattern;
 pub mod rego;
 
 pub use self::http::{ConnectionFacts, HttpFacts, HttpTarget, PeerPolicy, RequestDecision};
-pub use admitted::{Admitted, Expected, HttpSubject, Plaintext, Subject, Unproven};
+pub use admitted::{Admitted, Expected, HttpSubject, Passage, Passenger, Plaintext, Subject, Unproven};
 pub use compiled::{Decision, ListenerPolicy, Policy, Verdict};
 pub use path::{NormalPath, PathError};

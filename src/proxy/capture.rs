@@ -4,6 +4,13 @@
 //! listener takes what ([`InboundCapture::declare`], [`OutboundCapture::declare`]). Out: connections that are served by
 //! their listener as if it had accepted them. What comes to the port itself, and what no listener takes, is reset.
 
+mod first;
+mod names;
+mod outbound;
+
+pub(super) use first::First;
+pub use outbound::{OutboundCapture, Terms};
+
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,9 +21,9 @@ use tokio::sync::watch;
 use super::connection::Connection;
 use super::dialer::Towards;
 use super::io::Plain;
-use super::listener::{Accepted, Client, Inbound, Listener, Outbound, Shared, accept_loop};
+use super::listener::{Accepted, Client, Inbound, Listener, Shared, accept_loop};
 use super::record::{Carries, Cause};
-use crate::config::schema::{CapturedDestinations, CapturedPorts, InboundMode, Protocol};
+use crate::config::schema::{CapturedPorts, InboundMode, Protocol};
 use crate::intercept::{Arrivals, original_destination};
 use crate::tls::record::Direction;
 
@@ -37,13 +44,6 @@ pub struct InboundCapture {
 struct Ports {
     named: HashMap<u16, Arc<Inbound>>,
     any: Option<Arc<Inbound>>,
-}
-
-/// What is captured on its way from the workload.
-#[derive(Debug)]
-pub struct OutboundCapture {
-    own: OwnPorts,
-    takes: ArcSwap<Vec<(CapturedDestinations, Arc<Outbound>)>>,
 }
 
 /// The ports that captured connections come in at: nothing was ever for them.
@@ -125,62 +125,6 @@ impl InboundCapture {
             None => {
                 let why = format!("no listener captures port {}", original.port());
                 refuse(accepted, Direction::Inbound, Cause::Undeclared, why, &shared);
-            }
-        }
-    }
-}
-
-impl OutboundCapture {
-    /// Nothing is taken yet.
-    pub fn new(own: OwnPorts) -> Self {
-        Self { own, takes: ArcSwap::default() }
-    }
-
-    /// Which listener takes which destinations from now on, in the order of the file.
-    pub fn declare(&self, listeners: Vec<(CapturedDestinations, Arc<Outbound>)>) {
-        self.takes.store(Arc::new(listeners));
-    }
-
-    fn listener(&self, to: SocketAddr) -> Option<Arc<Outbound>> {
-        let listeners = self.takes.load();
-        let takes = |declared: &CapturedDestinations| {
-            let address = declared.addresses.is_empty() || declared.addresses.iter().any(|net| net.contains(to.ip()));
-            let port = declared.ports.is_empty() || declared.ports.contains(&to.port());
-            address && port
-        };
-        listeners.iter().find(|(declared, _)| takes(declared)).map(|(_, listener)| Arc::clone(listener))
-    }
-
-    /// Serves until `stop`.
-    pub async fn run(self: Arc<Self>, listener: Listener, shared: Arc<Shared>, stop: watch::Receiver<bool>) {
-        let serving = Arc::clone(&shared);
-        accept_loop(
-            listener,
-            NAME.into(),
-            Direction::Outbound,
-            || Protocol::Tcp,
-            shared,
-            stop,
-            move |accepted| Arc::clone(&self).serve(accepted, Arc::clone(&serving)),
-        )
-        .await;
-    }
-
-    async fn serve(self: Arc<Self>, accepted: Accepted, shared: Arc<Shared>) {
-        match self.own.original(&accepted, InboundMode::Redirect) {
-            Err(why) => refuse(accepted, Direction::Outbound, Cause::NotCaptured, why, &shared),
-            Ok(original) => {
-                let accepted = accepted.captured(original);
-                if ours(&accepted, &shared).is_some() {
-                    return refuse(accepted, Direction::Outbound, Cause::Loop, LOOP.into(), &shared);
-                }
-                match self.listener(original) {
-                    Some(listener) => super::outbound::serve(accepted, listener, shared).await,
-                    None => {
-                        let why = format!("no outbound listener captures {original}");
-                        refuse(accepted, Direction::Outbound, Cause::Undeclared, why, &shared);
-                    }
-                }
             }
         }
     }

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use super::listener::{Client, Shared};
-use super::record::{Carries, Cause, ConnectionRecord};
+use super::passthrough::Passed;
+use super::record::{Carries, Cause, ConnectionRecord, Watched};
 use super::registry::{Entry, Registration, TooMany};
 use crate::clock::Clock;
 use crate::config::schema::{Connections, OnPeerExpiry};
@@ -23,6 +24,7 @@ pub(super) struct Connection {
     local: Option<SpiffeId>,
     decision: Option<Decision>,
     tls: Option<Negotiated>,
+    watched: Option<Watched>,
     handshake_failure: Option<Reason>,
     pub(super) upstream: Option<String>,
     pub(super) sent: u64,
@@ -46,6 +48,7 @@ impl Connection {
             local: None,
             decision: None,
             tls: None,
+            watched: None,
             handshake_failure: None,
             upstream: None,
             sent: 0,
@@ -90,6 +93,15 @@ impl Connection {
         self.registration.set_unproven();
     }
 
+    pub(super) fn set_passing(&mut self, passed: &Arc<Passed>) {
+        self.registration.set_passing(passed);
+    }
+
+    /// Keeps what was seen of TLS that is not ours.
+    pub(super) fn watched(&mut self, watched: Watched) {
+        self.watched = Some(watched);
+    }
+
     pub(super) fn end(&mut self, cause: Cause, detail: impl Into<String>) {
         self.end = Some(End { cause, detail: detail.into() });
     }
@@ -113,6 +125,7 @@ impl Drop for Connection {
             local: self.local.take(),
             rule: self.decision.take().map(|decision| (decision.rule, decision.mode)),
             tls: self.tls,
+            watched: self.watched,
             handshake_failure: self.handshake_failure,
             bytes_sent: self.sent,
             bytes_received: self.received,

@@ -66,7 +66,8 @@ pub fn tls_or_not(bytes: &[u8]) -> Detected {
     }
 }
 
-/// A record of type handshake, version 3.x, a length that a record can have, and a ClientHello in it.
+/// A record of type handshake, version 3.x, a length that a record can have, and the beginning of a ClientHello in it,
+/// which may go on in others.
 fn tls(bytes: &[u8]) -> Detected {
     let fits = |at: usize, good: fn(u8) -> bool| bytes.get(at).is_none_or(|byte| good(*byte));
     let length = match bytes {
@@ -76,7 +77,7 @@ fn tls(bytes: &[u8]) -> Detected {
     let good = fits(1, |byte| byte == 3)
         && fits(2, |byte| byte <= 4)
         && fits(3, |byte| byte <= 0x40)
-        && length.is_none_or(|length| (4..=0x4000).contains(&length))
+        && length.is_none_or(|length| (1..=0x4000).contains(&length))
         && fits(5, |byte| byte == 1);
     match (good, bytes.len() > 5) {
         (false, _) => Detected::Opaque,
@@ -179,6 +180,7 @@ where
 {
     let mut seen = [0; MAX];
     let mut length = 0;
+    let ahead = |seen: &[u8; MAX], length| seen.get(..length).unwrap_or_default().to_vec();
     let mut deadline = Instant::now().checked_add(first);
     let outcome = loop {
         let space = seen.get_mut(length..).unwrap_or_default();
@@ -202,27 +204,32 @@ where
             found => break Outcome::Detected(found),
         }
     };
-    Ok((outcome, Prefixed { seen, at: 0, length, io }))
+    Ok((outcome, Prefixed::with(ahead(&seen, length), io)))
 }
 
 /// A stream whose first bytes were read already and come once more.
 #[derive(Debug)]
 pub struct Prefixed<S> {
-    seen: [u8; MAX],
+    /// Empty as soon as all of it was given.
+    seen: Vec<u8>,
     at: usize,
-    length: usize,
     io: S,
 }
 
 impl<S> Prefixed<S> {
     /// A stream of which nothing was read yet.
     pub fn new(io: S) -> Self {
-        Self { seen: [0; MAX], at: 0, length: 0, io }
+        Self::with(Vec::new(), io)
+    }
+
+    /// A stream of which these bytes were read.
+    pub fn with(seen: Vec<u8>, io: S) -> Self {
+        Self { seen, at: 0, io }
     }
 
     /// The bytes that were read ahead and not given again yet.
     pub fn ahead(&self) -> &[u8] {
-        self.seen.get(self.at..self.length).unwrap_or_default()
+        self.seen.get(self.at..).unwrap_or_default()
     }
 
     /// The stream underneath.
@@ -236,6 +243,16 @@ impl<S> Prefixed<S> {
     }
 }
 
+impl<S> Prefixed<Prefixed<S>> {
+    /// One in place of two.
+    pub fn joined(self) -> Prefixed<S> {
+        let (mut seen, inner) = self.into_parts();
+        let (rest, io) = inner.into_parts();
+        seen.extend(rest);
+        Prefixed::with(seen, io)
+    }
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
@@ -244,8 +261,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
             return Pin::new(&mut this.io).poll_read(cx, buf);
         }
         let ahead = ahead.get(..buf.remaining()).unwrap_or(ahead);
+        let count = ahead.len();
         buf.put_slice(ahead);
-        this.at += ahead.len();
+        this.at += count;
+        if this.at == this.seen.len() {
+            this.seen = Vec::new();
+            this.at = 0;
+        }
         Poll::Ready(Ok(()))
     }
 }
@@ -271,7 +293,8 @@ mod tests {
         (HELLO, Detected::Tls),
         (b"\x16\x03\x03\x40\x00\x01", Detected::Tls),
         (b"\x16\x03\x01\x40\x01\x01", Detected::Opaque),
-        (b"\x16\x03\x01\x00\x03\x01", Detected::Opaque),
+        (b"\x16\x03\x01\x00\x01\x01", Detected::Tls),
+        (b"\x16\x03\x01\x00\x00\x01", Detected::Opaque),
         (b"\x16\x03\x01\x02\x00\x02", Detected::Opaque),
         (b"\x16\x02", Detected::Opaque),
         (b"\x15\x03\x01", Detected::Opaque),

@@ -1,8 +1,11 @@
 //! From the workload: plaintext in, mTLS to a named upstream. Bytes get a connection of their own, requests share some.
+//! What is captured may pass through without, where the listener says so ([`super::passthrough`]).
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::capture::{First, OutboundCapture};
 use super::connection::{Connection, deadlines, lone_deadlines};
 use super::detect::Prefixed;
 use super::hold;
@@ -10,8 +13,9 @@ use super::http::{self, Spoken, Way};
 use super::inbound::{Sniffing, refused, sniff};
 use super::io::Plain;
 use super::listener::{Accepted, Outbound, Shared};
+use super::passthrough::{self, Passed};
 use super::record::Cause;
-use super::registry::Known;
+use super::registry::{Entry, Known};
 use super::state::OutboundState;
 use super::tcp::{Deadlines, Forward};
 use super::upstream::HostPort;
@@ -22,16 +26,49 @@ use crate::tls::record::Direction;
 use crate::tls::{Authenticated, Offer, ReadAhead, client};
 
 pub(super) async fn serve(accepted: Accepted, listener: Arc<Outbound>, shared: Arc<Shared>) {
-    let mut connection = {
-        let carries = listener.state.load().protocol.into();
-        Connection::open(&shared, Direction::Outbound, carries, &listener.name, accepted.client)
-    };
+    let connection = opened(&accepted, &listener, &shared);
+    mesh(connection, Prefixed::new(accepted.io), accepted.at, listener, shared).await;
+}
+
+/// Serves a captured connection, of which this was heard already.
+pub(super) async fn serve_captured(
+    accepted: Accepted,
+    first: Option<First>,
+    ahead: Vec<u8>,
+    listener: Arc<Outbound>,
+    capture: Arc<OutboundCapture>,
+    shared: Arc<Shared>,
+) {
+    let connection = opened(&accepted, &listener, &shared);
+    let plain = Prefixed::with(ahead, accepted.io);
+    let passing = listener.state.load().passing.clone();
+    match passing {
+        Some(passing) => {
+            let still = move |entry: &Entry, passed: &Passed| capture.rejudge(entry, passed);
+            passthrough::serve(connection, plain, first, passing, still, shared).await;
+        }
+        None => mesh(connection, plain, accepted.at, listener, shared).await,
+    }
+}
+
+fn opened(accepted: &Accepted, listener: &Outbound, shared: &Arc<Shared>) -> Connection {
+    let carries = listener.state.load().protocol.into();
+    Connection::open(shared, Direction::Outbound, carries, &listener.name, accepted.client)
+}
+
+/// Over mTLS to whom the listener expects.
+async fn mesh(
+    mut connection: Connection,
+    plain: Prefixed<Plain>,
+    accepted_at: Instant,
+    listener: Arc<Outbound>,
+    shared: Arc<Shared>,
+) {
     let entry = Arc::clone(connection.entry());
-    let plain = accepted.io;
     let (state, _) = tokio::select! {
         biased;
-        held = hold::usable(&listener.state, accepted.at, &shared.published) => held,
-        _ = entry.until_stopped() => return plain.abort(),
+        held = hold::usable(&listener.state, accepted_at, &shared.published) => held,
+        _ = entry.until_stopped() => return plain.get_ref().abort(),
     };
     let sniffing = Box::pin(carried(&mut connection, plain, &state, &shared));
     let carried = tokio::select! {
@@ -64,17 +101,21 @@ pub(super) async fn serve(accepted: Accepted, listener: Arc<Outbound>, shared: A
 /// What the workload speaks: HTTP in some form, or none for bytes.
 async fn carried(
     connection: &mut Connection,
-    plain: Plain,
+    plain: Prefixed<Plain>,
     state: &OutboundState,
     shared: &Shared,
 ) -> Option<(Option<Spoken>, Prefixed<Plain>)> {
+    let original = connection.entry().client.original();
+    let opaque = |to: SocketAddr| state.detect.opaque_ports.contains(&to.port());
+    let server_first = state.server_first || original.is_some_and(opaque);
     let sniffing = match state.protocol {
-        Protocol::Tcp => return Some((None, Prefixed::new(plain))),
-        Protocol::Detect if state.server_first => return Some((None, Prefixed::new(plain))),
+        Protocol::Tcp => return Some((None, plain)),
+        Protocol::Detect if server_first => return Some((None, plain)),
         Protocol::Detect => Sniffing::any(&state.detect),
         Protocol::Http => Sniffing::http(&state.limits, &state.http_limits),
     };
-    sniff(connection, plain, sniffing, shared, Direction::Outbound).await
+    let (spoken, plain) = sniff(connection, plain, sniffing, shared, Direction::Outbound).await?;
+    Some((spoken, plain.joined()))
 }
 
 /// Finds the upstream: tries its addresses in order until one proves to be whom we expect.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::config::schema::{PolicyMode, Protocol};
 use crate::identity::SpiffeId;
+use crate::tls::flight::Picked;
 use crate::tls::reason::Reason;
 use crate::tls::record::{Direction, Negotiated};
 
@@ -69,6 +70,9 @@ causes! {
     Drained = "drained";
     /// The TLS protocol was broken after the handshake.
     TlsError = "tls_error";
+    /// It was TLS of the workload's own, and its server picked something below the declared profile, or could not be
+    /// understood.
+    WeakTls = "weak_tls";
     /// The bytes were not what the listener carries: no protocol was recognised in time, or a broken one.
     Protocol = "protocol";
     }
@@ -81,6 +85,8 @@ causes! {
     Done = "done";
     /// No rule admitted it.
     Denied = "denied";
+    /// It was for a host that belongs to another listener than the one that has captured the connection.
+    Misdirected = "misdirected";
     /// It was not one well-formed, unambiguous request, or larger than allowed.
     BadRequest = "bad_request";
     /// No connection to the workload or the upstream could be had.
@@ -247,6 +253,8 @@ pub struct ConnectionRecord {
     pub rule: Option<(Arc<str>, PolicyMode)>,
     /// What was negotiated.
     pub tls: Option<Negotiated>,
+    /// What was seen of TLS that is not ours and passes through.
+    pub watched: Option<Watched>,
     /// Why the handshake failed, if it did.
     pub handshake_failure: Option<Reason>,
     /// Bytes from who connected towards the upstream.
@@ -259,6 +267,15 @@ pub struct ConnectionRecord {
     pub cause: Cause,
     /// Details in words.
     pub detail: String,
+}
+
+/// What the server of a watched connection has picked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watched {
+    /// What it is.
+    pub picked: Picked,
+    /// Whether it lies within the declared profile.
+    pub compliant: bool,
 }
 
 /// What the data path tells besides beginnings and ends. Names in it come out of closed sets.
@@ -278,6 +295,12 @@ pub enum Event {
     Restored,
     /// The shadow Rego module would have decided otherwise.
     ShadowDiffered,
+    /// TLS passes through whose server has picked this.
+    PassedTls(Watched),
+    /// TLS passes through whose client has offered something below the profile ([`crate::tls::hello::WEAK`]).
+    OfferedWeak(&'static str),
+    /// Something passes through in clear.
+    PassedPlaintext,
     /// A Rego module gave no answer, which is a refusal: `time`, `evaluation`, `no_facts`, `not_loaded`.
     ModuleFailed(&'static str),
 }

@@ -12,6 +12,7 @@ use std::time::Instant;
 use atomic_waker::AtomicWaker;
 
 use super::http::live::Requests;
+use super::passthrough::Passed;
 use super::record::Cause;
 use crate::identity::SpiffeId;
 use crate::tls::Peer;
@@ -26,6 +27,8 @@ pub enum Known {
     Peer(Arc<Peer>),
     /// It speaks plaintext and has proven nothing.
     Unproven,
+    /// It passes through to where it was for, which proves nothing to us.
+    Passing(Arc<Passed>),
 }
 
 /// One open connection.
@@ -56,7 +59,7 @@ impl Entry {
     pub fn peer(&self) -> Option<&Arc<Peer>> {
         match self.known.get()? {
             Known::Peer(peer) => Some(peer),
-            Known::Unproven => None,
+            Known::Unproven | Known::Passing(_) => None,
         }
     }
 
@@ -309,6 +312,11 @@ impl Registration {
     pub fn set_unproven(&self) {
         // Once it is known who is there, that stays.
         let _ = self.entry.known.set(Known::Unproven);
+    }
+
+    /// Writes down that it passes through.
+    pub fn set_passing(&self, passed: &Arc<Passed>) {
+        let _ = self.entry.known.set(Known::Passing(Arc::clone(passed)));
     }
 }
 

@@ -10,12 +10,14 @@ use super::dialer::Dialer;
 use super::hold::Holds;
 use super::http::Pools;
 use super::listener::Client;
+use super::passthrough::Passing;
 use super::record::{Cause, RequestCause};
 use super::registry::{Entry, Known};
 use super::upstream::{HostPort, Target};
 use crate::clock::Clock;
 use crate::config::schema::{Connections, Detect, HttpLimits, InboundHttp, OnPeerExpiry, Protocol, ProxyProtocol};
 use crate::identity::svid::Usage;
+use crate::policy::http::pattern::HostPattern;
 use crate::policy::{Expected, ListenerPolicy, Plaintext};
 use crate::tls::reason::Reason;
 use crate::tls::{ClientTls, Peer, Profile, ServerTls, Trust};
@@ -66,6 +68,10 @@ pub struct OutboundState {
     pub to: Vec<HostPort>,
     /// Whom we expect there.
     pub expected: Arc<Expected>,
+    /// What passes through in place of that, if anything does.
+    pub passing: Option<Arc<Passing>>,
+    /// The hosts that requests may be for; any where there are none.
+    pub hosts: Arc<[HostPattern]>,
     /// Limits and timeouts.
     pub limits: Connections,
     /// What it carries.
@@ -134,6 +140,12 @@ impl InboundState {
 }
 
 impl OutboundState {
+    /// Whether a request for this host belongs here.
+    pub fn takes_host(&self, host: Option<&str>) -> bool {
+        let host = host.map(|host| host.trim_end_matches('.'));
+        self.hosts.is_empty() || host.is_some_and(|host| self.hosts.iter().any(|pattern| pattern.matches(host)))
+    }
+
     /// Whether a live connection to this upstream would still be admitted; the cause if not.
     pub fn rejudge(&self, _: &Entry, known: &Known, clock: &Clock) -> Option<Cause> {
         let (Some(trust), Some(_)) = (&self.trust, &self.tls) else { return Some(Cause::OwnExpired) };

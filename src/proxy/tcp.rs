@@ -43,6 +43,66 @@ pub struct Deadlines {
     pub peer_expiry: Option<Instant>,
 }
 
+/// Tells a forwarder when a deadline has passed. That bytes move costs no look at a timer: it is set anew when it fires.
+#[derive(Debug)]
+pub(super) struct Timer {
+    deadlines: Deadlines,
+    last: Instant,
+    sleep: Pin<Box<Sleep>>,
+}
+
+impl Timer {
+    pub(super) fn new(deadlines: Deadlines) -> Self {
+        let last = Instant::now();
+        let mut timer = Self { deadlines, last, sleep: Box::pin(tokio::time::sleep_until(last.into())) };
+        timer.reset(false, None);
+        timer
+    }
+
+    /// Bytes have moved, or one side has finished.
+    pub(super) fn moved(&mut self) {
+        self.last = Instant::now();
+    }
+
+    /// For a deadline that comes earlier than those before.
+    pub(super) fn reset(&mut self, half_closed: bool, also: Option<(Instant, Cause)>) {
+        let next = self.next(half_closed, also).0;
+        self.sleep.as_mut().reset(next.into());
+    }
+
+    /// What has passed, if anything.
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        half_closed: bool,
+        also: Option<(Instant, Cause)>,
+    ) -> Option<Cause> {
+        while self.sleep.as_mut().poll(cx).is_ready() {
+            let (at, cause) = self.next(half_closed, also);
+            if at <= Instant::now() {
+                return Some(cause);
+            }
+            self.sleep.as_mut().reset(at.into());
+        }
+        None
+    }
+
+    /// The deadline that comes first, and what it means.
+    fn next(&self, half_closed: bool, also: Option<(Instant, Cause)>) -> (Instant, Cause) {
+        let quiet = if half_closed {
+            (self.last + self.deadlines.half_closed, Cause::HalfClosed)
+        } else {
+            (self.last + self.deadlines.idle, Cause::Idle)
+        };
+        let fixed = [
+            self.deadlines.max_age.map(|at| (at, Cause::MaxAge)),
+            self.deadlines.peer_expiry.map(|at| (at, Cause::PeerExpired)),
+            also,
+        ];
+        fixed.into_iter().flatten().fold(quiet, |first, other| if other.0 < first.0 { other } else { first })
+    }
+}
+
 /// How a connection ended.
 #[derive(Debug)]
 pub struct End {
@@ -53,7 +113,7 @@ pub struct End {
 }
 
 impl End {
-    fn new(cause: Cause) -> Self {
+    pub(super) fn new(cause: Cause) -> Self {
         Self { cause, detail: String::new() }
     }
 }
@@ -201,15 +261,13 @@ pub struct Forward<'a, T, P, S, F> {
     remote: &'a mut T,
     workload: &'a mut P,
     stop: S,
-    deadlines: Deadlines,
     progress: F,
     from_remote: Half,
     from_workload: Half,
     told: (u64, u64),
-    last: Instant,
     /// Why nothing can be written to the remote side any more, and until when what its peer said last is waited for.
     broken: Option<(io::Error, Instant)>,
-    timer: Pin<Box<Sleep>>,
+    timer: Timer,
 }
 
 impl<T, P, S, F> std::fmt::Debug for Forward<'_, T, P, S, F> {
@@ -224,42 +282,26 @@ impl<T, P, S, F> std::fmt::Debug for Forward<'_, T, P, S, F> {
 impl<'a, T, P, S, F> Forward<'a, T, P, S, F> {
     /// Ready to forward; nothing moves until it is polled.
     pub fn new(remote: &'a mut T, workload: &'a mut P, stop: S, deadlines: Deadlines, progress: F) -> Self {
-        let last = Instant::now();
-        let mut forward = Self {
+        Self {
             remote,
             workload,
             stop,
-            deadlines,
             progress,
             from_remote: Half::default(),
             from_workload: Half::default(),
             told: (0, 0),
-            last,
             broken: None,
-            timer: Box::pin(tokio::time::sleep_until(last.into())),
-        };
-        let next = forward.next_deadline().0;
-        forward.timer.as_mut().reset(next.into());
-        forward
+            timer: Timer::new(deadlines),
+        }
     }
 
     fn half_closed(&self) -> bool {
         self.from_remote.state == State::Closed || self.from_workload.state == State::Closed
     }
 
-    /// The deadline that comes first, and what it means.
-    fn next_deadline(&self) -> (Instant, Cause) {
-        let quiet = if self.half_closed() {
-            (self.last + self.deadlines.half_closed, Cause::HalfClosed)
-        } else {
-            (self.last + self.deadlines.idle, Cause::Idle)
-        };
-        let fixed = [
-            self.deadlines.max_age.map(|at| (at, Cause::MaxAge)),
-            self.deadlines.peer_expiry.map(|at| (at, Cause::PeerExpired)),
-            self.broken.as_ref().map(|(_, until)| (*until, Cause::Reset)),
-        ];
-        fixed.into_iter().flatten().fold(quiet, |first, other| if other.0 < first.0 { other } else { first })
+    /// When a broken connection ends.
+    fn last_words(&self) -> Option<(Instant, Cause)> {
+        self.broken.as_ref().map(|(_, until)| (*until, Cause::Reset))
     }
 }
 
@@ -296,7 +338,7 @@ where
         let moved = (this.from_remote.moved - this.told.0, this.from_workload.moved - this.told.1);
         if moved != (0, 0) {
             this.told = (this.from_remote.moved, this.from_workload.moved);
-            this.last = Instant::now();
+            this.timer.moved();
             (this.progress)(moved.0, moved.1);
         }
         match (inward, outward) {
@@ -304,26 +346,21 @@ where
             (Poll::Pending, Poll::Ready(Err((Side::Remote, error)))) => {
                 // A peer that refuses us says why and goes: its alert may lie unread before the broken pipe.
                 this.broken = Some((error, Instant::now() + LAST_WORDS));
-                let next = this.next_deadline().0;
-                this.timer.as_mut().reset(next.into());
+                this.timer.reset(this.half_closed(), this.last_words());
             }
             (_, Poll::Ready(Err((side, error)))) => return Poll::Ready(end_of(side, &error)),
             (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(End::new(Cause::Done)),
             _ => {}
         }
-        if this.half_closed() != was_half_closed {
-            this.last = Instant::now();
-            let next = this.next_deadline().0;
-            this.timer.as_mut().reset(next.into());
+        let (half_closed, last_words) = (this.half_closed(), this.last_words());
+        if half_closed != was_half_closed {
+            this.timer.moved();
+            this.timer.reset(half_closed, last_words);
         }
-        while this.timer.as_mut().poll(cx).is_ready() {
-            let (at, cause) = this.next_deadline();
-            if at <= Instant::now() {
-                return Poll::Ready(End::new(cause));
-            }
-            this.timer.as_mut().reset(at.into());
+        match this.timer.poll(cx, half_closed, last_words) {
+            Some(cause) => Poll::Ready(End::new(cause)),
+            None => Poll::Pending,
         }
-        Poll::Pending
     }
 }
 

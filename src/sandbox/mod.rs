@@ -70,6 +70,9 @@ impl Sandbox {
         // Read once, at the first question, from prctl(2) or `/proc/self/auxv`: both are out of reach from within.
         let _ = rustix::param::page_size();
         let grants = Grants::of(config, file);
+        // Asked for with every scrape. It is read once, by means that are out of reach afterwards for any user but root,
+        // and the library that reads it panics without them.
+        let _ = rustix::param::page_size();
         let mut sandbox = Self { report: Report::begin(mode), warnings: grants.notes.clone(), ..Self::off() };
         sandbox.report.no_new_privs = Part::of(rustix::thread::set_no_new_privs(true).map_err(|e| e.to_string()));
         sandbox.report.core_dumps = Part::of(no_core_dumps());
@@ -168,6 +171,8 @@ fn alone() -> Result<(), String> {
 fn no_core_dumps() -> Result<(), String> {
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(Resource::Core, none).map_err(|error| format!("the limit cannot be set: {error}"))?;
+    // Read once, out of a file that a process without privileges does not see any more after this.
+    let _ = rustix::param::page_size();
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(|error| format!("PR_SET_DUMPABLE is refused: {error}"))
 }

@@ -13,10 +13,12 @@ use crate::proxy::record::{Cause, ConnectionRecord, HttpVersion, RequestCause, R
 /// Writes the line of one connection under the target `portcullis::access`.
 pub fn connection(record: &ConnectionRecord) {
     let tls = record.tls.as_ref();
+    let watched = record.watched.as_ref();
+    let picked = watched.map(|watched| &watched.picked);
     let (rule, mode) = ruled(record.rule.as_ref());
     let message = match record.cause {
         Cause::Done => "connection done",
-        Cause::Denied | Cause::Handshake | Cause::Limit => "connection refused",
+        Cause::Denied | Cause::Handshake | Cause::Limit | Cause::WeakTls => "connection refused",
         _ => "connection ended",
     };
     tracing::info!(
@@ -29,13 +31,13 @@ pub fn connection(record: &ConnectionRecord) {
         local = record.local.as_ref().map(SpiffeId::as_str),
         rule,
         mode,
-        tls_version = tls.map(|tls| tls.version),
-        cipher_suite = tls.map(|tls| tls.cipher_suite),
-        group = tls.map(|tls| tls.group),
+        tls_version = tls.map(|tls| tls.version).or(picked.map(|picked| picked.version)),
+        cipher_suite = tls.map(|tls| tls.cipher_suite).or(picked.map(|picked| picked.cipher_suite)),
+        group = tls.map(|tls| tls.group).or(picked.map(|picked| picked.group)),
         signature = tls.map(|tls| tls.signature),
         key_type = tls.map(|tls| tls.peer_key.as_str()),
         resumed = tls.map(|tls| tls.resumed),
-        compliant = tls.map(|tls| tls.compliant),
+        compliant = tls.map(|tls| tls.compliant).or(watched.map(|watched| watched.compliant)),
         bytes_sent = record.bytes_sent,
         bytes_received = record.bytes_received,
         duration_seconds = record.duration.as_secs_f64(),
@@ -53,7 +55,9 @@ pub fn request(record: &RequestRecord) {
     let (rule, mode) = ruled(record.rule.as_ref());
     let message = match record.cause {
         RequestCause::Done => "request done",
-        RequestCause::Denied | RequestCause::BadRequest | RequestCause::Overloaded => "request refused",
+        RequestCause::Denied | RequestCause::Misdirected | RequestCause::BadRequest | RequestCause::Overloaded => {
+            "request refused"
+        }
         _ => "request ended",
     };
     tracing::info!(

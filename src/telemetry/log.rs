@@ -278,6 +278,7 @@ mod tests {
             local: None,
             rule: None,
             tls: None,
+            watched: None,
             handshake_failure: Some(Reason::NotTls),
             bytes_sent: 1,
             bytes_received: 2,

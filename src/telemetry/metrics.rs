@@ -4,6 +4,7 @@
 //! config, or out of a set with a cap of its own (`Places`).
 
 mod http;
+mod passed;
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -16,6 +17,7 @@ use prometheus::{
 };
 
 use self::http::Http;
+use self::passed::Passed;
 use super::places::Places;
 use super::process::{Process, unix_now};
 use super::traces::{self, Traces};
@@ -71,6 +73,7 @@ pub struct Metrics {
     plaintext: IntCounterVec,
     plaintext_listeners: Places<()>,
     http: Http,
+    passed: Passed,
     spans: traces::Counts,
     process: Process,
     handshakes_in_progress: IntGaugeVec,
@@ -223,6 +226,7 @@ impl Metrics {
             )?,
             plaintext_listeners: Places::new(MOST_NAMES),
             http: Http::new(&registry)?,
+            passed: Passed::new(&registry)?,
             spans: traces::Counts::new(&registry)?,
             process: Process::new(&registry)?,
             handshakes_in_progress: gauges(
@@ -370,8 +374,11 @@ impl Metrics {
     /// Something happened that is no end of anything.
     pub fn event(&self, direction: Direction, listener: &str, event: Event) {
         match event {
+            Event::PassedTls(watched) => self.passed.tls(watched),
+            Event::PassedPlaintext => self.passed.plaintext(listener),
+            Event::OfferedWeak(what) => self.offered_weak.with_label_values(&[direction.as_str(), what]).inc(),
             Event::Plaintext(fate) => self.count_plaintext(listener, fate),
-            _ => self.http.event(direction, event),
+            event => self.http.event(direction, event),
         }
     }
 

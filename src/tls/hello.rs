@@ -43,6 +43,32 @@ pub fn is_too_old(records: &[u8]) -> bool {
     legacy_version.is_some_and(|version| (0x0300..0x0303).contains(&version))
 }
 
+/// The host that a ClientHello is for (RFC 6066, section 3), out of the body of its message: in lower case, without a dot
+/// at the end.
+pub fn server_name(body: &[u8]) -> Option<Box<str>> {
+    let mut hello = Reader(body);
+    hello.take(34)?;
+    hello.vec8()?;
+    hello.vec16()?;
+    hello.vec8()?;
+    let mut extensions = Reader(hello.vec16()?);
+    while let (Some(kind), Some(data)) = (extensions.u16(), extensions.vec16()) {
+        if kind == 0 {
+            let mut names = Reader(Reader(data).vec16()?);
+            while let (Some(kind), Some(name)) = (names.u8(), names.vec16()) {
+                if kind == 0 {
+                    let name = std::str::from_utf8(name).ok()?.trim_end_matches('.');
+                    let good =
+                        !name.is_empty() && name.len() <= 253 && name.bytes().all(|byte| byte.is_ascii_graphic());
+                    return good.then(|| name.to_ascii_lowercase().into());
+                }
+            }
+            return None;
+        }
+    }
+    None
+}
+
 /// Joins the handshake message out of its records.
 fn handshake_body(records: &[u8]) -> Option<Vec<u8>> {
     let mut rest = Reader(records);
@@ -197,31 +223,32 @@ fn weak_suite(suite: u16, found: &mut dyn FnMut(&'static str)) {
     }
 }
 
-struct Reader<'a>(&'a [u8]);
+/// Reads big-endian numbers and vectors (RFC 8446, section 3) off the front of a slice.
+pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 
 impl<'a> Reader<'a> {
-    fn take(&mut self, n: usize) -> Option<&'a [u8]> {
+    pub(super) fn take(&mut self, n: usize) -> Option<&'a [u8]> {
         let (head, tail) = self.0.split_at_checked(n)?;
         self.0 = tail;
         Some(head)
     }
-    fn u8(&mut self) -> Option<u8> {
+    pub(super) fn u8(&mut self) -> Option<u8> {
         self.take(1)?.first().copied()
     }
-    fn u16(&mut self) -> Option<u16> {
+    pub(super) fn u16(&mut self) -> Option<u16> {
         Some(u16::from_be_bytes(self.take(2)?.try_into().ok()?))
     }
-    fn u24(&mut self) -> Option<usize> {
+    pub(super) fn u24(&mut self) -> Option<usize> {
         match self.take(3)? {
             [a, b, c] => Some(usize::from(*a) << 16 | usize::from(*b) << 8 | usize::from(*c)),
             _ => None,
         }
     }
-    fn vec8(&mut self) -> Option<&'a [u8]> {
+    pub(super) fn vec8(&mut self) -> Option<&'a [u8]> {
         let n = self.u8()?;
         self.take(usize::from(n))
     }
-    fn vec16(&mut self) -> Option<&'a [u8]> {
+    pub(super) fn vec16(&mut self) -> Option<&'a [u8]> {
         let n = self.u16()?;
         self.take(usize::from(n))
     }

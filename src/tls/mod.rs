@@ -7,7 +7,9 @@
 
 mod alpn;
 pub mod client;
+pub mod flight;
 pub mod hello;
+pub mod iana;
 mod outcome;
 mod probe;
 pub mod profile;

@@ -8,6 +8,8 @@ use rustls::crypto::{CryptoProvider, SupportedKxGroup, WebPkiSupportedAlgorithms
 use rustls::{CipherSuite, NamedGroup, ProtocolVersion, SignatureScheme, SupportedCipherSuite};
 use webpki::aws_lc_rs as algorithms;
 
+use super::flight::Picked;
+use super::iana;
 use super::record::Negotiated;
 use crate::config::schema::{PostQuantum, SvidKeys, TlsConfig};
 use crate::identity::KeyType;
@@ -192,6 +194,22 @@ impl Profile {
             _ => false,
         };
         crypto && signature && self.allows_key(negotiated.peer_key)
+    }
+}
+
+impl Profile {
+    /// Whether what the server of a watched connection has picked lies within the declared profile. By names alone, as
+    /// above; its certificate is not seen.
+    pub fn allows_picked(&self, legacy_tls12: bool, picked: &Picked) -> bool {
+        match picked.version {
+            "TLSv1.3" => self.suites.contains(&picked.cipher_suite) && self.groups.contains(&picked.group),
+            "TLSv1.2" => {
+                legacy_tls12
+                    && picked.cipher_suite == "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384"
+                    && matches!(picked.group, "secp384r1" | iana::NO_GROUP)
+            }
+            _ => false,
+        }
     }
 }
 

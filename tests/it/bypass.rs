@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::attempts::{ALL, attempt};
 use crate::client::{client_hello, echoed, presenting};
 use crate::harness::{exchange, soon, succeeds, until};
-use crate::mesh::{CAPTURE_PORTS, Extra, Mesh, PORT, Pods, both};
+use crate::mesh::{BACKENDS, CAPTURE_PORTS, Extra, Mesh, PORT, Pods, both};
 use crate::netns::{APPLICATION, Pod, ROOT};
 use crate::pods::{Workload, marker};
 
@@ -50,56 +50,62 @@ async fn without_rules_every_attempt_arrives_in_clear() {
 
 #[tokio::test]
 async fn no_attempt_from_inside_leaves_in_clear() {
-    let Some(pods) = Pods::new() else { return };
-    let mesh = pods.await.joined(Extra::default()).await;
-    // The ports of the proxy are nobody's at other hosts, and no way out.
-    let (mut targets, mut workloads) = (Vec::new(), Vec::new());
-    for port in [UNDECLARED].into_iter().chain(CAPTURE_PORTS) {
-        targets.extend(mesh.stranger.at(port));
-        workloads.extend(both(&mesh.stranger, port).await);
+    for rules in BACKENDS {
+        let Some(pods) = Pods::ruled_by(rules) else { return };
+        let mesh = pods.await.joined(Extra::default()).await;
+        // The ports of the proxy are nobody's at other hosts, and no way out.
+        let (mut targets, mut workloads) = (Vec::new(), Vec::new());
+        for port in [UNDECLARED].into_iter().chain(CAPTURE_PORTS) {
+            targets.extend(mesh.stranger.at(port));
+            workloads.extend(both(&mesh.stranger, port).await);
+        }
+        nothing_gets_through(&mesh, &mesh.client, &targets, &workloads).await;
     }
-    nothing_gets_through(&mesh, &mesh.client, &targets, &workloads).await;
 }
 
 #[tokio::test]
 async fn every_attempt_to_a_declared_destination_goes_by_mtls_or_not_at_all() {
-    let Some(pods) = Pods::new() else { return };
-    let mesh = pods.await.joined(Extra::default()).await;
-    for workload in both(&mesh.server, PORT).await {
-        let arrived = join_all(ALL.map(|(name, way)| {
-            let (mesh, workload) = (&mesh, &workload);
-            async move {
-                let marker = marker(name);
-                let answer = attempt(&mesh.client, way, workload.address, &marker).await;
-                assert_eq!(answer.is_ok(), workload.has_heard(&marker), "{name} to {}", workload.address);
-                assert!(!mesh.wire.saw(&marker).await, "{name} to {} was seen in clear", workload.address);
-                answer.is_ok()
-            }
-        }))
-        .await;
-        assert!(arrived[0], "the plain way is carried");
+    for rules in BACKENDS {
+        let Some(pods) = Pods::ruled_by(rules) else { return };
+        let mesh = pods.await.joined(Extra::default()).await;
+        for workload in both(&mesh.server, PORT).await {
+            let arrived = join_all(ALL.map(|(name, way)| {
+                let (mesh, workload) = (&mesh, &workload);
+                async move {
+                    let marker = marker(name);
+                    let answer = attempt(&mesh.client, way, workload.address, &marker).await;
+                    assert_eq!(answer.is_ok(), workload.has_heard(&marker), "{name} to {}", workload.address);
+                    assert!(!mesh.wire.saw(&marker).await, "{name} to {} was seen in clear", workload.address);
+                    answer.is_ok()
+                }
+            }))
+            .await;
+            assert!(arrived[0], "the plain way is carried");
+        }
     }
 }
 
 #[tokio::test]
 async fn no_attempt_from_outside_reaches_the_workload() {
-    let Some(pods) = Pods::new() else { return };
-    let mesh = pods.await.joined(Extra::default()).await;
-    let (mut targets, mut workloads) = (Vec::new(), Vec::new());
-    for port in [PORT, UNDECLARED] {
-        targets.extend(mesh.server.at(port));
-        workloads.extend(both(&mesh.server, port).await);
-    }
-    nothing_gets_through(&mesh, &mesh.stranger, &targets, &workloads).await;
-    // A peer with an identity does reach it, at the port that is declared.
-    let good = presenting(&mesh.domain.ca, Some(mesh.domain.ca.svid("/client").into()));
-    for to in mesh.server.at(PORT) {
-        echoed(mesh.stranger.connect(APPLICATION, to).await.unwrap(), &good).await.unwrap();
-    }
-    for to in mesh.server.at(UNDECLARED) {
-        let stream = mesh.stranger.connect(APPLICATION, to).await;
-        if let Ok(stream) = stream {
-            assert!(echoed(stream, &good).await.is_err(), "{to} is not declared");
+    for rules in BACKENDS {
+        let Some(pods) = Pods::ruled_by(rules) else { return };
+        let mesh = pods.await.joined(Extra::default()).await;
+        let (mut targets, mut workloads) = (Vec::new(), Vec::new());
+        for port in [PORT, UNDECLARED] {
+            targets.extend(mesh.server.at(port));
+            workloads.extend(both(&mesh.server, port).await);
+        }
+        nothing_gets_through(&mesh, &mesh.stranger, &targets, &workloads).await;
+        // A peer with an identity does reach it, at the port that is declared.
+        let good = presenting(&mesh.domain.ca, Some(mesh.domain.ca.svid("/client").into()));
+        for to in mesh.server.at(PORT) {
+            echoed(mesh.stranger.connect(APPLICATION, to).await.unwrap(), &good).await.unwrap();
+        }
+        for to in mesh.server.at(UNDECLARED) {
+            let stream = mesh.stranger.connect(APPLICATION, to).await;
+            if let Ok(stream) = stream {
+                assert!(echoed(stream, &good).await.is_err(), "{to} is not declared");
+            }
         }
     }
 }
@@ -164,6 +170,28 @@ async fn an_alias_on_the_loopback_interface_is_no_way_in() {
 }
 
 #[tokio::test]
+async fn addresses_of_the_link_are_no_way_round() {
+    for rules in BACKENDS {
+        let Some(pods) = Pods::ruled_by(rules) else { return };
+        let pods = pods.await;
+        let [to_stranger, own] = pods.stranger.on_link(UNDECLARED, &pods.client).await;
+        let elsewhere = [Workload::start(&pods.stranger, own).await];
+        let [to_server, own] = pods.server.on_link(PORT, &pods.stranger).await;
+        let workloads = [Workload::start(&pods.server, own).await];
+        for (from, to, workload) in [(&pods.client, to_stranger, &elsewhere), (&pods.stranger, to_server, &workloads)] {
+            let marker = marker("on the link");
+            assert_eq!(attempt(from, ALL[0].1, to, &marker).await.unwrap(), marker);
+            assert!(workload[0].has_heard(&marker) && pods.wire.saw(&marker).await);
+        }
+        let mesh = pods.joined(Extra::default()).await;
+        nothing_gets_through(&mesh, &mesh.client, &[to_stranger], &elsewhere).await;
+        nothing_gets_through(&mesh, &mesh.stranger, &[to_server], &workloads).await;
+        // The application's own pod, called by this address, is undeclared as well.
+        nothing_gets_through(&mesh, &mesh.server, &[own], &workloads).await;
+    }
+}
+
+#[tokio::test]
 async fn a_client_hello_in_fragments_is_a_client_hello_and_a_fragment_of_one_is_nothing() {
     let Some(pods) = Pods::new() else { return };
     let mesh = pods.await.joined(Extra::default()).await;
@@ -225,23 +253,26 @@ impl tokio::io::AsyncWrite for Trickle<'_> {
 
 #[tokio::test]
 async fn rules_without_a_proxy_let_nothing_pass() {
-    let Some(pods) = Pods::new() else { return };
-    let pods = pods.await;
-    let (server_config, client_config) = (pods.server_config(Extra::default()), pods.client_config(Extra::default()));
-    pods.apply(&pods.server, &server_config).await;
-    pods.apply(&pods.client, &client_config).await;
-    let workloads = both(&pods.server, PORT).await;
-    let elsewhere = both(&pods.stranger, UNDECLARED).await;
-    nothing_gets_through(&pods, &pods.client, &pods.server.at(PORT), &workloads).await;
-    nothing_gets_through(&pods, &pods.client, &pods.stranger.at(UNDECLARED), &elsewhere).await;
-    nothing_gets_through(&pods, &pods.stranger, &pods.server.at(PORT), &workloads).await;
-    // Once the sidecars are there, it passes.
-    let behind = pods.server.proxy(&pods.domain, &server_config).await;
-    let before = pods.client.proxy(&pods.domain, &client_config).await;
-    behind.ready().await;
-    before.ready().await;
-    for workload in &workloads {
-        pods.sealed(&pods.client, workload.address, workload).await;
+    for rules in BACKENDS {
+        let Some(pods) = Pods::ruled_by(rules) else { return };
+        let pods = pods.await;
+        let (server_config, client_config) =
+            (pods.server_config(Extra::default()), pods.client_config(Extra::default()));
+        pods.apply(&pods.server, &server_config).await;
+        pods.apply(&pods.client, &client_config).await;
+        let workloads = both(&pods.server, PORT).await;
+        let elsewhere = both(&pods.stranger, UNDECLARED).await;
+        nothing_gets_through(&pods, &pods.client, &pods.server.at(PORT), &workloads).await;
+        nothing_gets_through(&pods, &pods.client, &pods.stranger.at(UNDECLARED), &elsewhere).await;
+        nothing_gets_through(&pods, &pods.stranger, &pods.server.at(PORT), &workloads).await;
+        // Once the sidecars are there, it passes.
+        let behind = pods.server.proxy(&pods.domain, &server_config).await;
+        let before = pods.client.proxy(&pods.domain, &client_config).await;
+        behind.ready().await;
+        before.ready().await;
+        for workload in &workloads {
+            pods.sealed(&pods.client, workload.address, workload).await;
+        }
     }
 }
 
@@ -268,38 +299,42 @@ async fn after_the_proxy_was_killed_nothing_passes_in_clear() {
 
 #[tokio::test]
 async fn transparent_sockets_that_nobody_holds_let_nothing_pass() {
-    let Some(pods) = Pods::new() else { return };
-    let pods = pods.await;
-    let workloads = both(&pods.server, PORT).await;
-    for mode in ["mode: tproxy", "mode: tproxy, preserve_source: true"] {
-        let config = pods.server_config(Extra { inbound: mode, ..Extra::default() });
-        pods.apply(&pods.server, &config).await;
-        nothing_gets_through(&pods, &pods.stranger, &pods.server.at(PORT), &workloads).await;
-    }
-    // The rules were what stood in the way.
-    pods.remove(&pods.server).await;
-    for workload in &workloads {
-        pods.in_clear(&pods.stranger, ROOT, workload.address, workload).await;
+    for rules in BACKENDS {
+        let Some(pods) = Pods::ruled_by(rules) else { return };
+        let pods = pods.await;
+        let workloads = both(&pods.server, PORT).await;
+        for mode in ["mode: tproxy", "mode: tproxy, preserve_source: true"] {
+            let config = pods.server_config(Extra { inbound: mode, ..Extra::default() });
+            pods.apply(&pods.server, &config).await;
+            nothing_gets_through(&pods, &pods.stranger, &pods.server.at(PORT), &workloads).await;
+        }
+        // The rules were what stood in the way.
+        pods.remove(&pods.server).await;
+        for workload in &workloads {
+            pods.in_clear(&pods.stranger, ROOT, workload.address, workload).await;
+        }
     }
 }
 
 #[tokio::test]
 async fn what_somebody_keeps_from_conntrack_does_not_pass() {
-    let Some(pods) = Pods::new() else { return };
-    let mesh = pods.await.joined(Extra::default()).await;
-    let elsewhere = both(&mesh.stranger, UNDECLARED).await;
-    let workloads = both(&mesh.server, PORT).await;
-    let untracked = |hook: &str| {
-        let chain = format!("{{ type filter hook {hook} priority -300; }}");
-        format!(
-            "add table inet somebody_else\nadd chain inet somebody_else c {chain}\n\
+    for rules in BACKENDS {
+        let Some(pods) = Pods::ruled_by(rules) else { return };
+        let mesh = pods.await.joined(Extra::default()).await;
+        let elsewhere = both(&mesh.stranger, UNDECLARED).await;
+        let workloads = both(&mesh.server, PORT).await;
+        let untracked = |hook: &str| {
+            let chain = format!("{{ type filter hook {hook} priority -300; }}");
+            format!(
+                "add table inet somebody_else\nadd chain inet somebody_else c {chain}\n\
              add rule inet somebody_else c meta l4proto tcp notrack\n"
-        )
-    };
-    // No redirect sees such a packet.
-    for (pod, hook) in [(&mesh.client, "output"), (&mesh.server, "prerouting")] {
-        succeeds(pod.command(ROOT, "nft").args(["-f", "-"]), &untracked(hook)).await;
+            )
+        };
+        // No redirect sees such a packet.
+        for (pod, hook) in [(&mesh.client, "output"), (&mesh.server, "prerouting")] {
+            succeeds(pod.command(ROOT, "nft").args(["-f", "-"]), &untracked(hook)).await;
+        }
+        nothing_gets_through(&mesh, &mesh.client, &mesh.stranger.at(UNDECLARED), &elsewhere).await;
+        nothing_gets_through(&mesh, &mesh.stranger, &mesh.server.at(PORT), &workloads).await;
     }
-    nothing_gets_through(&mesh, &mesh.client, &mesh.stranger.at(UNDECLARED), &elsewhere).await;
-    nothing_gets_through(&mesh, &mesh.stranger, &mesh.server.at(PORT), &workloads).await;
 }

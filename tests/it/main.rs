@@ -30,6 +30,7 @@ mod bypass;
 mod captured;
 mod cli;
 mod demo;
+mod demo_transparent;
 #[cfg(feature = "ebpf")]
 mod ebpf;
 mod envoy;
@@ -44,6 +45,7 @@ mod hygiene;
 mod interception;
 mod openssl;
 mod operations;
+mod passthrough;
 mod peers;
 mod pods;
 mod policy;

@@ -39,7 +39,12 @@ pub struct Pods {
     pub stranger: Pod,
     pub wire: Wire,
     pub domain: Domain,
+    /// What rules are written with: `redirect apply --mode`.
+    rules: &'static str,
 }
+
+/// Both ways to write rules.
+pub const BACKENDS: [&str; 2] = ["nft", "iptables"];
 
 /// Who dials and who is dialled, each with a sidecar and rules.
 pub struct Mesh {
@@ -59,8 +64,14 @@ impl std::ops::Deref for Mesh {
 impl Pods {
     #[track_caller]
     pub fn new() -> Option<impl Future<Output = Self>> {
+        Self::ruled_by("auto")
+    }
+
+    /// Such that rules are written with this.
+    #[track_caller]
+    pub fn ruled_by(rules: &'static str) -> Option<impl Future<Output = Self>> {
         let net = Net::new()?;
-        Some(async {
+        Some(async move {
             let (client, server, stranger) =
                 (net.pod("client").await, net.pod("server").await, net.pod("stranger").await);
             for pod in [&client, &server, &stranger] {
@@ -68,7 +79,7 @@ impl Pods {
                 pod.sysctl("net/ipv4/tcp_fastopen", "1543").await;
             }
             let wire = net.wire().await;
-            Self { net, client, server, stranger, wire, domain: Domain::new("a.example") }
+            Self { net, client, server, stranger, wire, domain: Domain::new("a.example"), rules }
         })
     }
 
@@ -136,7 +147,7 @@ impl Pods {
     pub async fn apply(&self, pod: &Pod, config: &str) {
         let path = self.domain.path().join(format!("{}.rules.yaml", pod.name));
         std::fs::write(&path, config).unwrap();
-        let done = self.redirect(pod, &["apply", "--config", path.to_str().unwrap()]).await;
+        let done = self.redirect(pod, &["apply", "--mode", self.rules, "--config", path.to_str().unwrap()]).await;
         assert!(done.status.success(), "{}", told(&done));
     }
 

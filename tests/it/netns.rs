@@ -9,7 +9,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -200,6 +200,16 @@ pub fn available() -> Result<(), String> {
     ANSWER.get_or_init(ask).clone()
 }
 
+/// Whether namespaces are to be had. If not, the test is skipped, and that is said.
+#[track_caller]
+pub fn to_be_had() -> bool {
+    let answer = available();
+    if let Err(why) = &answer {
+        skipped(why, std::panic::Location::caller());
+    }
+    answer.is_ok()
+}
+
 /// Says on the real standard error, not only into the output that the test runner keeps, that a test was skipped; and
 /// leaves a line where `tests/run` counts.
 pub fn skipped(why: &str, place: &std::panic::Location<'_>) {
@@ -230,8 +240,7 @@ impl Net {
     /// A new wire, or none, and the test is over, where namespaces are not to be had.
     #[track_caller]
     pub fn new() -> Option<Self> {
-        if let Err(why) = available() {
-            skipped(&why, std::panic::Location::caller());
+        if !to_be_had() {
             return None;
         }
         let host = Namespace::new().unwrap();
@@ -247,6 +256,8 @@ impl Net {
         let number = self.pods.fetch_add(1, Ordering::Relaxed) + 1;
         let (v4, v6) = (Ipv4Addr::new(10, 77, 0, number), Ipv6Addr::new(0xfd00, 0x77, 0, 0, 0, 0, 0, number.into()));
         let namespace = Namespace::new().unwrap();
+        // No address is tentative for its first second.
+        namespace.sysctl("net/ipv6/conf/default/accept_dad", "0").await;
         let peer = namespace.path();
         self.host
             .ip(&format!(
@@ -294,18 +305,26 @@ impl Pod {
         [(self.v4, port).into(), (self.v6, port).into()]
     }
 
+    /// Its address on the link alone, with this port, as another pod calls it; and as it calls itself.
+    pub async fn on_link(&self, port: u16, from: &Pod) -> [SocketAddr; 2] {
+        let (address, index) = self.link().await;
+        let (_, scope) = from.link().await;
+        [scope, index].map(|scope| SocketAddrV6::new(address, port, 0, scope).into())
+    }
+
+    /// The link-local address of eth0, and its index.
+    async fn link(&self) -> (Ipv6Addr, u32) {
+        // The net of `/proc/net` is that of the first thread.
+        let addresses = self.run(ROOT, || std::fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap()).await;
+        let fields = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        // Address, index, prefix, scope (0x20 is the link), flags, name.
+        let line = addresses.lines().map(fields).find(|fields| fields[3] == "20" && fields[5] == "eth0");
+        let line = line.unwrap_or_else(|| panic!("no address of the link: {addresses}"));
+        (u128::from_str_radix(&line[0], 16).unwrap().into(), u32::from_str_radix(&line[1], 16).unwrap())
+    }
+
     /// Waits until the bridge carries what the pod sends.
     async fn up(&self) {
-        until("the pod's link", || async {
-            let there = self.run(ROOT, || std::fs::read_to_string("/proc/net/if_inet6").unwrap()).await;
-            let tentative = there.lines().any(|line| {
-                let fields: Vec<&str> = line.split_whitespace().collect();
-                // The last but one are flags; 0x40 is IFA_F_TENTATIVE.
-                u8::from_str_radix(fields[4], 16).unwrap() & 0x40 != 0 && fields[5] == "eth0" && fields[3] == "00"
-            });
-            (!tentative).then_some(())
-        })
-        .await;
         for host in Net::HOST {
             // Port 9 is nobody's: its refusal has made the whole way.
             until("the host to be reached", || async {

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::agent::go_path;
 use crate::harness::{Proxy, Running, exchange, field, soon, succeeds, tool, until};
-use crate::mesh::{Extra, Mesh, PORT, Pods, both};
+use crate::mesh::{BACKENDS, Extra, Mesh, PORT, Pods, both};
 use crate::netns::{APPLICATION, PROXY, Pod, ROOT, within_reach};
 use crate::pods::{Workload, marker};
 use crate::postgres::{OWNER, Postgres, postgres_tool, psql_by};
@@ -122,49 +122,53 @@ async fn a_port_that_is_bound_to_localhost_stays_private() {
 
 #[tokio::test]
 async fn who_and_what_is_exempt_passes_uncaptured_and_nothing_else_does() {
-    const SKIPPED_USER: u32 = 2001;
-    const SKIPPED_PORT: u16 = 9000;
-    let Some(pods) = Pods::new() else { return };
-    let pods = pods.await;
-    let friend = pods.net.pod("friend").await;
-    let outbound = format!(
-        "skip_uids: [{SKIPPED_USER}], skip_ports: [{SKIPPED_PORT}], skip_destinations: ['{}', '{}/128']",
-        friend.v4, friend.v6
-    );
-    let inbound = format!("skip_ports: [{SKIPPED_PORT}], skip_sources: ['{}/32', '{}']", friend.v4, friend.v6);
-    let mesh = pods.joined(Extra { inbound: &inbound, outbound: &outbound, ..Extra::default() }).await;
-    let (client, stranger) = (&mesh.client, &mesh.stranger);
-    let at_server = both(&mesh.server, PORT).await;
-    let at_stranger = both(stranger, PORT + 1).await;
-    let at_friend = both(&friend, PORT + 1).await;
-    let skipped_there = both(stranger, SKIPPED_PORT).await;
-    let skipped_here = both(&mesh.server, SKIPPED_PORT).await;
-    for n in [0, 1] {
-        // Outbound: the proxy's user, a skipped one, a port, a network.
-        mesh.in_clear(client, PROXY, at_stranger[n].address, &at_stranger[n]).await;
-        mesh.in_clear(client, SKIPPED_USER, at_stranger[n].address, &at_stranger[n]).await;
-        mesh.in_clear(client, APPLICATION, skipped_there[n].address, &skipped_there[n]).await;
-        mesh.in_clear(client, APPLICATION, at_friend[n].address, &at_friend[n]).await;
-        for uid in [APPLICATION, ROOT] {
-            refused(client, uid, at_stranger[n].address).await;
+    for rules in BACKENDS {
+        const SKIPPED_USER: u32 = 2001;
+        const SKIPPED_GROUP: u32 = 2002;
+        const SKIPPED_PORT: u16 = 9000;
+        let Some(pods) = Pods::ruled_by(rules) else { return };
+        let pods = pods.await;
+        let friend = pods.net.pod("friend").await;
+        let outbound = format!(
+            "skip_uids: [{SKIPPED_USER}], skip_gids: [{SKIPPED_GROUP}], skip_ports: [{SKIPPED_PORT}], skip_destinations: ['{}', '{}/128']",
+            friend.v4, friend.v6
+        );
+        let inbound = format!("skip_ports: [{SKIPPED_PORT}], skip_sources: ['{}/32', '{}']", friend.v4, friend.v6);
+        let mesh = pods.joined(Extra { inbound: &inbound, outbound: &outbound, ..Extra::default() }).await;
+        let (client, stranger) = (&mesh.client, &mesh.stranger);
+        let at_server = both(&mesh.server, PORT).await;
+        let at_stranger = both(stranger, PORT + 1).await;
+        let at_friend = both(&friend, PORT + 1).await;
+        let skipped_there = both(stranger, SKIPPED_PORT).await;
+        let skipped_here = both(&mesh.server, SKIPPED_PORT).await;
+        for n in [0, 1] {
+            // Outbound: the proxy's user, a skipped one, a skipped group, a port, a network.
+            mesh.in_clear(client, PROXY, at_stranger[n].address, &at_stranger[n]).await;
+            mesh.in_clear(client, SKIPPED_USER, at_stranger[n].address, &at_stranger[n]).await;
+            mesh.in_clear(client, SKIPPED_GROUP, at_stranger[n].address, &at_stranger[n]).await;
+            mesh.in_clear(client, APPLICATION, skipped_there[n].address, &skipped_there[n]).await;
+            mesh.in_clear(client, APPLICATION, at_friend[n].address, &at_friend[n]).await;
+            for uid in [APPLICATION, ROOT] {
+                refused(client, uid, at_stranger[n].address).await;
+            }
+            // Inbound: a port, a network of clients.
+            mesh.in_clear(stranger, APPLICATION, skipped_here[n].address, &skipped_here[n]).await;
+            mesh.in_clear(&friend, APPLICATION, at_server[n].address, &at_server[n]).await;
+            refused(stranger, APPLICATION, at_server[n].address).await;
         }
-        // Inbound: a port, a network of clients.
-        mesh.in_clear(stranger, APPLICATION, skipped_here[n].address, &skipped_here[n]).await;
-        mesh.in_clear(&friend, APPLICATION, at_server[n].address, &at_server[n]).await;
-        refused(stranger, APPLICATION, at_server[n].address).await;
-    }
-    // Loopback is nobody's business, in any pod, at any of its addresses.
-    for pod in [client, &mesh.server] {
-        for to in ["127.0.0.1:8089", "127.9.9.9:8089", "[::1]:8089"] {
-            let workload = Workload::start(pod, to.parse::<SocketAddr>().unwrap()).await;
-            let mut stream = pod.connect(APPLICATION, workload.address).await.unwrap();
-            exchange(&mut stream, b"to myself").await.unwrap();
-            assert_eq!(workload.met()[0].peer, stream.local_addr().unwrap(), "{to}");
+        // Loopback is nobody's business, in any pod, at any of its addresses.
+        for pod in [client, &mesh.server] {
+            for to in ["127.0.0.1:8089", "127.9.9.9:8089", "[::1]:8089"] {
+                let workload = Workload::start(pod, to.parse::<SocketAddr>().unwrap()).await;
+                let mut stream = pod.connect(APPLICATION, workload.address).await.unwrap();
+                exchange(&mut stream, b"to myself").await.unwrap();
+                assert_eq!(workload.met()[0].peer, stream.local_addr().unwrap(), "{to}");
+            }
         }
-    }
-    // And none of it has come by the proxies.
-    for proxy in [&mesh.before, &mesh.behind] {
-        assert_eq!(proxy.metrics().await.sum("portcullis_connections_total", &[("cause", "done")]), 0.0);
+        // And none of it has come by the proxies.
+        for proxy in [&mesh.before, &mesh.behind] {
+            assert_eq!(proxy.metrics().await.sum("portcullis_connections_total", &[("cause", "done")]), 0.0);
+        }
     }
 }
 
@@ -176,21 +180,23 @@ async fn refused(from: &Pod, uid: u32, to: SocketAddr) {
 
 #[tokio::test]
 async fn a_service_that_calls_its_own_address_meets_the_inbound_policy() {
-    let Some(pods) = Pods::new() else { return };
-    let mesh = pods.await.joined(Extra::default()).await;
-    let workloads = both(&mesh.server, PORT).await;
-    for workload in &workloads {
-        refused(&mesh.server, APPLICATION, workload.address).await;
-        assert!(workload.met().is_empty(), "only the client's identity is allowed");
-    }
-    let (own, client) = (mesh.domain.id("/server"), mesh.domain.id("/client"));
-    let config = mesh.server_config(Extra::default());
-    let config = config.replace(&format!("allow: ['{client}']"), &format!("allow: ['{client}', '{own}']"));
-    mesh.behind.reloaded(&config).await;
-    for workload in &workloads {
-        let mut stream = mesh.server.connect(APPLICATION, workload.address).await.unwrap();
-        exchange(&mut stream, b"to myself").await.unwrap();
-        assert_eq!(workload.met().len(), 1);
+    for rules in BACKENDS {
+        let Some(pods) = Pods::ruled_by(rules) else { return };
+        let mesh = pods.await.joined(Extra::default()).await;
+        let workloads = both(&mesh.server, PORT).await;
+        for workload in &workloads {
+            refused(&mesh.server, APPLICATION, workload.address).await;
+            assert!(workload.met().is_empty(), "only the client's identity is allowed");
+        }
+        let (own, client) = (mesh.domain.id("/server"), mesh.domain.id("/client"));
+        let config = mesh.server_config(Extra::default());
+        let config = config.replace(&format!("allow: ['{client}']"), &format!("allow: ['{client}', '{own}']"));
+        mesh.behind.reloaded(&config).await;
+        for workload in &workloads {
+            let mut stream = mesh.server.connect(APPLICATION, workload.address).await.unwrap();
+            exchange(&mut stream, b"to myself").await.unwrap();
+            assert_eq!(workload.met().len(), 1);
+        }
     }
 }
 

@@ -72,10 +72,17 @@ impl Clinic {
     pub(super) async fn start() -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
+        Ok(Self::on(address, [listener]))
+    }
+
+    /// Serves on these, of which the first is at `address`.
+    pub(super) fn on(address: SocketAddr, listeners: impl IntoIterator<Item = TcpListener>) -> Self {
         let asked = Asked::default();
         let mut tasks = JoinSet::new();
-        tasks.spawn(serve(listener, Arc::clone(&asked)));
-        Ok(Self { address, asked, _tasks: tasks })
+        for listener in listeners {
+            tasks.spawn(serve(listener, Arc::clone(&asked)));
+        }
+        Self { address, asked, _tasks: tasks }
     }
 
     /// The paths that were asked for so far, and how often.
@@ -98,7 +105,8 @@ async fn serve(listener: TcpListener, asked: Asked) {
         connections.spawn(async move {
             let mut first = [0; 3];
             let preface = stream.peek(&mut first).await.is_ok() && &first == b"PRI";
-            let service = service_fn(move |request| answer(request, Arc::clone(&asked)));
+            let at = stream.local_addr().ok();
+            let service = service_fn(move |request| answer(request, at, Arc::clone(&asked)));
             let io = TokioIo::new(stream);
             // A caller that goes away is no matter of the service.
             let _ = match preface {
@@ -110,15 +118,17 @@ async fn serve(listener: TcpListener, asked: Asked) {
     }
 }
 
-/// Tells the caller what arrived here: the path, who asks as the sidecar says it, and the trace.
+/// Tells the caller what arrived here: the path, at which address, who asks as the sidecar says it, and the trace.
 async fn answer(
     request: Request<Incoming>,
+    at: Option<SocketAddr>,
     asked: Asked,
 ) -> Result<Response<UnsyncBoxBody<Bytes, Infallible>>, hyper::Error> {
     let header = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let path = request.uri().path().to_owned();
     let caller = header("x-forwarded-client-cert").split(';').find_map(|part| part.strip_prefix("URI="));
-    let told = serde_json::json!({ "path": path, "caller": caller, "traceparent": header("traceparent") }).to_string();
+    let told = serde_json::json!({ "path": path, "at": at, "caller": caller, "traceparent": header("traceparent") })
+        .to_string();
     *asked.lock().unwrap_or_else(PoisonError::into_inner).entry(path).or_default() += 1;
     let grpc = request.headers().get(CONTENT_TYPE) == Some(&GRPC);
     if !grpc {

@@ -1,26 +1,35 @@
-//! What the demo promises to show, and what was really seen of it.
+//! What a story promises to show, and what was really seen of it.
 //!
 //! A closed set: whatever no chapter has ticked off is missing, also when a chapter was never reached.
 
 use std::collections::BTreeSet;
 
-macro_rules! things {
-    ($( $name:ident = $words:literal; )*) => {
-        /// What the demo promises to show.
+/// Something that a story promises to show.
+pub(super) trait Promise: Copy + Ord + 'static {
+    /// All of it, in the order of the story.
+    const ALL: &'static [Self];
+    /// In words, for the list of what was not seen.
+    fn words(self) -> &'static str;
+}
+
+macro_rules! promises {
+    ($( #[$doc:meta] )* $kind:ident: $( $name:ident = $words:literal; )*) => {
+        $( #[$doc] )*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-        pub(super) enum Thing { $( $name, )* }
-        impl Thing {
-            /// All of it, in the order of the story.
-            pub(super) const ALL: &'static [Self] = &[$(Self::$name,)*];
-            /// In words, for the list of what was not seen.
-            pub(super) fn words(self) -> &'static str {
-                match self { $(Self::$name => $words,)* }
+        pub(super) enum $kind { $( $name, )* }
+        impl $crate::cli::demo::ledger::Promise for $kind {
+            const ALL: &'static [Self] = &[$( Self::$name, )*];
+            fn words(self) -> &'static str {
+                match self { $( Self::$name => $words, )* }
             }
         }
     };
 }
+pub(super) use promises;
 
-things! {
+promises! {
+    /// What the demo promises to show.
+    Thing:
     Identities = "every sidecar has an SVID of the authority";
     Answer = "a request through both sidecars is answered to the caller that was proven";
     Profile = "TLS 1.3 within the declared profile between the sidecars";
@@ -50,14 +59,20 @@ things! {
 }
 
 /// What was seen so far.
-#[derive(Debug, Default)]
-pub(super) struct Ledger(BTreeSet<Thing>);
+#[derive(Debug)]
+pub(super) struct Ledger<P>(BTreeSet<P>);
 
-impl Ledger {
+impl<P> Default for Ledger<P> {
+    fn default() -> Self {
+        Self(BTreeSet::new())
+    }
+}
+
+impl<P: Promise> Ledger<P> {
     /// Ticks off what was really seen.
-    pub(super) fn tick(&mut self, thing: Thing, seen: bool) -> bool {
+    pub(super) fn tick(&mut self, promise: P, seen: bool) -> bool {
         if seen {
-            self.0.insert(thing);
+            self.0.insert(promise);
         }
         seen
     }
@@ -67,7 +82,7 @@ impl Ledger {
     /// # Errors
     /// The list, if there is anything in it.
     pub(super) fn verdict(&self) -> Result<(), Vec<&'static str>> {
-        let missing: Vec<_> = Thing::ALL.iter().filter(|thing| !self.0.contains(thing)).map(|t| t.words()).collect();
+        let missing: Vec<_> = P::ALL.iter().filter(|promise| !self.0.contains(promise)).map(|p| p.words()).collect();
         if missing.is_empty() { Ok(()) } else { Err(missing) }
     }
 }

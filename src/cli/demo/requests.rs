@@ -52,11 +52,11 @@ fn field(told: &str, name: &str) -> String {
 
 impl Story<'_, '_> {
     pub(super) async fn requests(&mut self) -> io::Result<()> {
-        self.screen.chapter(
+        self.telling.screen.chapter(
             "HTTP and gRPC: each request is judged by itself; its rule as metric and log of /clinic have it",
         )?;
         let what = "/web may GET /patients/{id} and call Appointments/Book; nobody may /admin";
-        self.screen.tell(Tone::Plain, "rules", what)?;
+        self.telling.screen.tell(Tone::Plain, "rules", what)?;
         let traceparent = format!("00-{:032x}-{:016x}-01", fastrand::u128(1..), fastrand::u64(1..));
         let mut traces = Vec::new();
         self.http(&traceparent, &mut traces).await?;
@@ -66,7 +66,7 @@ impl Story<'_, '_> {
         let admitted = ["/patients/42".to_owned(), format!("/{SERVICE}/Book")];
         let only = asked.len() == admitted.len() && admitted.iter().all(|path| asked.get(path) == Some(&1));
         let what = "the workload has seen the two that were allowed and none of the others";
-        self.seen(Thing::NotForwarded, only, "proof", what)?;
+        self.telling.seen(Thing::NotForwarded, only, "proof", what)?;
         self.trace(trace_of(&traceparent), &traces)?;
         self.crowd().await
     }
@@ -83,8 +83,8 @@ impl Story<'_, '_> {
         let told = self.judged(&case, self.get("/patients/42", traceparent)).await?;
         let caller = told.as_ref().map(|told| field(told, "caller"));
         traces.extend(told.map(|told| field(&told, "traceparent")));
-        if self.ledger.tick(Thing::HttpAnswer, caller.as_deref() == Some(&id("web"))) {
-            self.screen.more(&format!("the workload was told who asks: URI={}", id("web")))?;
+        if self.telling.ledger.tick(Thing::HttpAnswer, caller.as_deref() == Some(&id("web"))) {
+            self.telling.screen.more(&format!("the workload was told who asks: URI={}", id("web")))?;
         }
         let admin = Case { what: "", path: "/admin", outcome: "403", note: "", rule: "no-admin", admitted: false };
         let mut all = Vec::new();
@@ -93,8 +93,8 @@ impl Story<'_, '_> {
             let case = Case { what: &format!("GET {path}"), note, ..admin };
             all.push(self.judged(&case, self.get(path, traceparent)).await?.is_some());
         }
-        self.ledger.tick(Thing::PathDenied, all.first() == Some(&true));
-        self.ledger.tick(Thing::Spelling, all.iter().all(|refused| *refused));
+        self.telling.ledger.tick(Thing::PathDenied, all.first() == Some(&true));
+        self.telling.ledger.tick(Thing::Spelling, all.iter().all(|refused| *refused));
         Ok(())
     }
 
@@ -115,7 +115,7 @@ impl Story<'_, '_> {
             };
             let told = self.judged(&case, asking).await?;
             let thing = if admitted { Thing::Called } else { Thing::CallDenied };
-            self.ledger.tick(thing, told.is_some());
+            self.telling.ledger.tick(thing, told.is_some());
             traces.extend(told.filter(|_| admitted).map(|told| field(&told, "traceparent")));
         }
         Ok(())
@@ -150,18 +150,18 @@ impl Story<'_, '_> {
             let counted = world.clinic.metrics().await.count(DECISIONS, &labels) > before;
             (logged && counted).then_some(())
         };
-        let confirmed = self.until(confirmed).await?.is_some();
+        let confirmed = self.telling.until(confirmed).await?.is_some();
         if outcome == case.outcome && confirmed {
             let tone = if case.admitted { Tone::Good } else { Tone::Refused };
-            let rule = self.screen.bold(case.rule);
+            let rule = self.telling.screen.bold(case.rule);
             let no_rule = if case.rule == NO_RULE { ": no rule" } else { "" };
             let outcome = format!("{outcome}{}", case.note);
-            self.screen.tell(tone, word, &format!("{:<34} {outcome:<22} {rule}{no_rule}", case.what))?;
+            self.telling.screen.tell(tone, word, &format!("{:<34} {outcome:<22} {rule}{no_rule}", case.what))?;
             return Ok(Some(body));
         }
         let log = if confirmed { "" } else { ", and not by that rule" };
         let what = format!("{}: {} by {}; it got {outcome:.40}{log}", case.what, case.outcome, case.rule);
-        self.screen.tell(Tone::Bad, "NOT SEEN", &what)?;
+        self.telling.screen.tell(Tone::Bad, "NOT SEEN", &what)?;
         Ok(None)
     }
 
@@ -170,7 +170,7 @@ impl Story<'_, '_> {
         let line = self.journal.request("clinic", "inbound", "/patients/42").unwrap_or_default();
         let logged = line.get("trace_id").and_then(Value::as_str);
         let what = format!("{sent}, the caller's, came through and is in the log");
-        self.seen(Thing::Trace, carried && logged == Some(sent), "trace", &what)
+        self.telling.seen(Thing::Trace, carried && logged == Some(sent), "trace", &what)
     }
 
     /// Many callers at once, to show what their requests have in common.
@@ -197,11 +197,11 @@ impl Story<'_, '_> {
             let handshakes = metrics.count(HANDSHAKES, &[("direction", "inbound"), ("result", "success")]);
             (requests >= CROWD.0 * CROWD.1 && handshakes > 0).then_some((requests, handshakes))
         };
-        let (requests, handshakes) = self.until(counted).await?.unwrap_or_default();
+        let (requests, handshakes) = self.telling.until(counted).await?.unwrap_or_default();
         let few = all && handshakes > 0 && requests >= handshakes * FEW;
         let plural = if handshakes == 1 { "" } else { "s" };
         let what = format!("{} requests, HTTP and gRPC, over {handshakes} handshake{plural} so far", grouped(requests));
-        self.seen(Thing::Shared, few, "mTLS", &what)
+        self.telling.seen(Thing::Shared, few, "mTLS", &what)
     }
 }
 

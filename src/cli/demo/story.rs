@@ -8,18 +8,12 @@ use serde_json::Value;
 
 use super::intruders::{self, Got};
 use super::journal::Journal;
-use super::ledger::{Ledger, Thing};
-use super::screen::{Screen, Tone, grouped};
+use super::ledger::Thing;
+use super::screen::Tone;
+use super::telling::{Telling, short};
 use super::workloads::{Caller, Frontend};
 use super::world::{DOMAIN, Sidecar, World, id};
 use crate::tls::reason::Reason;
-
-/// How long anything may take to be seen; then it was not.
-const PATIENCE: Duration = Duration::from_secs(8);
-/// How far beyond its time the story may go while something is waited for.
-const OVERTIME: Duration = Duration::from_secs(15);
-/// Between two looks.
-const LOOK: Duration = Duration::from_millis(20);
 
 const HANDSHAKES: &str = "portcullis_tls_handshakes_total";
 const NEGOTIATED: &str = "portcullis_tls_negotiated_total";
@@ -29,20 +23,12 @@ const OFFERED_WEAK: &str = "portcullis_tls_offered_weak_total";
 
 /// A story under way.
 pub(super) struct Story<'s, 'out> {
-    pub(super) screen: &'s mut Screen<'out>,
-    pub(super) ledger: &'s mut Ledger,
+    pub(super) telling: Telling<'s, 'out, Thing>,
     pub(super) world: Arc<World>,
     /// What the sidecars log.
     pub(super) journal: Journal,
-    /// How long it is to take.
-    pub(super) total: Duration,
     /// The traffic, once it has begun.
     pub(super) frontend: Option<Frontend>,
-}
-
-/// The beginning of a serial number, enough to tell one from another by eye.
-pub(super) fn short(serial: &str) -> String {
-    serial.chars().filter(|c| *c != ':').take(8).collect()
 }
 
 impl Story<'_, '_> {
@@ -52,72 +38,26 @@ impl Story<'_, '_> {
         self.first_request().await?;
         self.requests().await?;
         self.traffic()?;
-        self.rest_until(0.10).await?;
+        self.telling.rest_until(0.10).await?;
         self.refusals().await?;
-        self.rest_until(0.25).await?;
+        self.telling.rest_until(0.25).await?;
         self.rotations().await?;
-        self.rest_until(0.45).await?;
+        self.telling.rest_until(0.45).await?;
         self.new_ca().await?;
-        self.rest_until(0.70).await?;
+        self.telling.rest_until(0.70).await?;
         self.policy().await?;
-        self.rest_until(0.85).await?;
+        self.telling.rest_until(0.85).await?;
         self.weak_offer().await?;
-        self.rest_until(1.0).await?;
-        self.no_failure()
-    }
-
-    /// Until when to wait for what should be seen now.
-    fn end_of_patience(&self) -> Instant {
-        (Instant::now() + PATIENCE).min(self.screen.began() + self.total + OVERTIME)
-    }
-
-    /// Asks again until there is an answer or patience ends.
-    pub(super) async fn until<T>(&mut self, mut ask: impl AsyncFnMut() -> Option<T>) -> io::Result<Option<T>> {
-        let end = self.end_of_patience();
-        loop {
-            if let Some(answer) = ask().await {
-                return Ok(Some(answer));
-            }
-            if Instant::now() >= end {
-                return Ok(None);
-            }
-            self.progress()?;
-            tokio::time::sleep(LOOK).await;
-        }
-    }
-
-    fn progress(&mut self) -> io::Result<()> {
-        let (requests, failures) = self.frontend.as_ref().map_or((0, 0), |frontend| frontend.tally.counts());
-        let done = self.screen.began().elapsed().as_secs_f64() / self.total.as_secs_f64();
-        self.screen.progress(done, &format!("{} requests, {failures} failures", grouped(requests)))
-    }
-
-    /// Leaves the reader time, up to a part of the whole.
-    async fn rest_until(&mut self, part: f64) -> io::Result<()> {
-        let end = self.screen.began() + self.total.mul_f64(part);
-        while Instant::now() < end {
-            self.progress()?;
-            tokio::time::sleep(LOOK.min(end.saturating_duration_since(Instant::now()))).await;
-        }
-        self.screen.rest()
-    }
-
-    /// Ticks a thing off and says so, or says that it was not seen.
-    pub(super) fn seen(&mut self, thing: Thing, seen: bool, word: &str, what: &str) -> io::Result<()> {
-        if self.ledger.tick(thing, seen) {
-            let tone = if word == "refused" { Tone::Refused } else { Tone::Good };
-            self.screen.tell(tone, word, what)
-        } else {
-            self.screen.tell(Tone::Bad, "NOT SEEN", thing.words())
-        }
+        self.telling.rest_until(1.0).await?;
+        self.telling.no_failure(Thing::NoFailure)
     }
 
     async fn identities(&mut self) -> io::Result<()> {
-        self.screen.chapter("Workloads and their sidecars get identities")?;
+        self.telling.screen.chapter("Workloads and their sidecars get identities")?;
         let world = Arc::clone(&self.world);
         let mut all = true;
         for sidecar in world.sidecars() {
-            let state = self.until(async || ready(&sidecar.state().await)).await?;
+            let state = self.telling.until(async || ready(&sidecar.state().await)).await?;
             all &= state.is_some();
             let Some((serial, key)) = state else { continue };
             let role = match sidecar.name {
@@ -126,24 +66,28 @@ impl Story<'_, '_> {
                 _ => format!("plaintext {} -> mTLS", sidecar.listener),
             };
             let what = format!("/{:<9} {key} {} {role}", sidecar.name, short(&serial));
-            self.screen.tell(Tone::Plain, "SVID", &what)?;
+            self.telling.screen.tell(Tone::Plain, "SVID", &what)?;
         }
         let life = world.life.as_secs();
         let what = format!("each has an SVID of {life} s; /records admits only /frontend, /clinic only /web");
-        self.seen(Thing::Identities, all, "ready", &what)
+        self.telling.seen(Thing::Identities, all, "ready", &what)
     }
 
     async fn first_request(&mut self) -> io::Result<()> {
-        self.screen.chapter("The first request: plaintext on both ends, mTLS between")?;
+        self.telling.screen.chapter("The first request: plaintext on both ends, mTLS between")?;
         let world = Arc::clone(&self.world);
-        self.screen.tell(Tone::Plain, "request", "GET /records/1 from the frontend workload to its own sidecar")?;
+        self.telling.screen.tell(
+            Tone::Plain,
+            "request",
+            "GET /records/1 from the frontend workload to its own sidecar",
+        )?;
         let mut caller = match Caller::connect(world.frontend.listener).await {
             Ok(caller) => caller,
-            Err(error) => return self.screen.tell(Tone::Bad, "NO ANSWER", &error.to_string()),
+            Err(error) => return self.telling.screen.tell(Tone::Bad, "NO ANSWER", &error.to_string()),
         };
         let answer = caller.ask("/records/1").await.unwrap_or_else(|error| format!("none: {error}"));
         let known = answer.contains(&format!("\"{}\"", id("frontend")));
-        self.seen(Thing::Answer, known, "answer", &answer)?;
+        self.telling.seen(Thing::Answer, known, "answer", &answer)?;
         let metrics = world.frontend.metrics().await;
         let outbound = [("direction", "outbound")];
         let one = |label: &str| {
@@ -154,11 +98,11 @@ impl Story<'_, '_> {
         let compliant = metrics.count(NEGOTIATED, &[("direction", "outbound"), ("compliant", "true")]) == 1;
         let hybrid = if one("group") == "X25519MLKEM768" { " (post-quantum hybrid)" } else { "" };
         let what = format!("{version}, {}, {}{hybrid}", one("cipher_suite"), one("group"));
-        self.seen(Thing::Profile, compliant && version == "TLSv1.3", "mTLS", &what)?;
+        self.telling.seen(Thing::Profile, compliant && version == "TLSv1.3", "mTLS", &what)?;
         let state = world.frontend.state().await;
         let peer = state.pointer("/connections/listed/0/peer").and_then(Value::as_str).unwrap_or("nobody");
         let took = metrics.sum(&format!("{DURATION}_sum"), &outbound) * 1000.0;
-        self.screen.more(&format!("peer {peer}, {}, in {took:.2} ms", one("key_type")))
+        self.telling.screen.more(&format!("peer {peer}, {}, in {took:.2} ms", one("key_type")))
     }
 
     fn traffic(&mut self) -> io::Result<()> {
@@ -167,9 +111,10 @@ impl Story<'_, '_> {
         let mut frontend = Frontend::start(self.world.frontend.listener, &id("frontend"), keep);
         // The connection of HTTP is its caller's own: it outlives every SVID of the sidecars.
         frontend.also(self.world.web.listener, &id("web"), "/patients");
+        self.telling.tally = Some(Arc::clone(&frontend.tally));
         self.frontend = Some(frontend);
         let what = "goes on to the end: some 40 requests a second, connections kept and new";
-        self.screen.tell(Tone::Plain, "traffic", what)
+        self.telling.screen.tell(Tone::Plain, "traffic", what)
     }
 
     /// How often the records sidecar has refused for this reason, by its own metric.
@@ -179,7 +124,7 @@ impl Story<'_, '_> {
     }
 
     async fn refusals(&mut self) -> io::Result<()> {
-        self.screen.chapter("Who must not get in, and the reason as the metric of /records has it")?;
+        self.telling.screen.chapter("Who must not get in, and the reason as the metric of /records has it")?;
         let world = Arc::clone(&self.world);
         let records = world.records.listener;
         let roots = world.authority.subscribe().borrow().own_authorities().to_vec();
@@ -204,7 +149,7 @@ impl Story<'_, '_> {
         let own = callers.get(&id("frontend")).copied().unwrap_or(0);
         let others: u64 = callers.values().sum::<u64>() - own;
         let what = format!("the workload was dialled {own} times for /frontend and {others} times for anybody else");
-        self.seen(Thing::NotDialled, own > 0 && others == 0, "proof", &what)
+        self.telling.seen(Thing::NotDialled, own > 0 && others == 0, "proof", &what)
     }
 
     async fn refuse(
@@ -218,56 +163,27 @@ impl Story<'_, '_> {
         let before = Self::refused(&world.records, reason).await;
         let got = attempt.await;
         let counted = async || (Self::refused(&world.records, reason).await > before).then_some(());
-        let counted = self.until(counted).await?.is_some();
+        let counted = self.telling.until(counted).await?.is_some();
         let nothing = matches!(got, Got::Nothing(_));
-        let reason = self.screen.bold(reason.as_str());
-        self.seen(thing, nothing && counted, "refused", &format!("{who:<50} {reason}"))?;
+        let reason = self.telling.screen.bold(reason.as_str());
+        self.telling.seen(thing, nothing && counted, "refused", &format!("{who:<50} {reason}"))?;
         if let Got::Something(what) = got {
-            self.screen.more(&format!("it got: {what:.60}"))?;
+            self.telling.screen.more(&format!("it got: {what:.60}"))?;
         }
         Ok(())
     }
 
-    /// Shows rotations as they come until both workloads have had one. True if they had.
-    async fn show_rotations(&mut self) -> io::Result<bool> {
-        let world = Arc::clone(&self.world);
-        let mut waiting = vec![world.records.name, world.frontend.name];
-        let end = self.end_of_patience();
-        while !waiting.is_empty() && Instant::now() < end {
-            for rotation in world.take_rotations() {
-                waiting.retain(|name| *name != rotation.name);
-                let (before, after) = (short(&rotation.before), short(&rotation.after));
-                let what =
-                    format!("/{:<9} SVID {before} -> {after}  generation {}", rotation.name, rotation.generation);
-                self.screen.tell(Tone::Good, "rotated", &what)?;
-            }
-            self.progress()?;
-            tokio::time::sleep(LOOK).await;
-        }
-        Ok(waiting.is_empty())
-    }
-
     async fn rotations(&mut self) -> io::Result<()> {
-        self.screen.chapter("SVIDs rotate under load")?;
+        self.telling.screen.chapter("SVIDs rotate under load")?;
         // Those so far have gone by unshown; they are in the summary.
-        self.world.take_rotations();
-        self.show_rotations().await?;
-        self.tally("meanwhile")
-    }
-
-    fn tally(&mut self, when: &str) -> io::Result<()> {
-        let Some(frontend) = &self.frontend else { return Ok(()) };
-        let (requests, failures) = frontend.tally.counts();
-        let tone = if failures == 0 { Tone::Plain } else { Tone::Bad };
-        self.screen.tell(
-            tone,
-            "traffic",
-            &format!("{when}: {} requests so far, {failures} failures", grouped(requests)),
-        )
+        self.world.rotations.take();
+        let world = Arc::clone(&self.world);
+        self.telling.rotations(&world.rotations, &[world.records.name, world.frontend.name]).await?;
+        self.telling.tally("meanwhile")
     }
 
     async fn new_ca(&mut self) -> io::Result<()> {
-        self.screen.chapter("The CA is replaced under load")?;
+        self.telling.screen.chapter("The CA is replaced under load")?;
         let world = Arc::clone(&self.world);
         let published = world.authority.subscribe();
         let active = || published.borrow().active_ca().unwrap_or("none").to_owned();
@@ -275,19 +191,19 @@ impl Story<'_, '_> {
         let made = world.authority.prepare_ca();
         let both = made.is_ok() && self.bundles_of(2).await?;
         let what = format!("a second CA is in every sidecar's bundle; {} signs on", short(&old));
-        self.screen.tell(Tone::Plain, "prepare", &what)?;
+        self.telling.screen.tell(Tone::Plain, "prepare", &what)?;
         let switched = world.authority.activate_ca().is_ok() && active() != old;
         let what = format!("{} -> {} signs now", short(&old), short(&active()));
-        self.screen.tell(Tone::Plain, "activate", &what)?;
-        world.take_rotations();
+        self.telling.screen.tell(Tone::Plain, "activate", &what)?;
+        world.rotations.take();
         // Connections that were made with the old SVIDs must have ended before their CA goes.
         let grace = world.life / 5 + Duration::from_millis(800);
         let authority = world.authority.clone();
         let retired = tokio::spawn(async move { authority.retire_old_cas(grace).await });
-        let rotated = self.show_rotations().await?;
+        let rotated = self.telling.rotations(&world.rotations, &[world.records.name, world.frontend.name]).await?;
         let one = self.bundles_of(1).await? && retired.await.is_ok_and(|retired| retired.is_ok());
         let what = format!("{} is in no bundle any more", short(&old));
-        self.seen(Thing::NewCa, both && switched && rotated && one, "retired", &what)?;
+        self.telling.seen(Thing::NewCa, both && switched && rotated && one, "retired", &what)?;
         let full = [("direction", "inbound"), ("resumed", "false")];
         let name = format!("{DURATION}_count");
         let before = world.records.metrics().await.count(&name, &full);
@@ -295,10 +211,10 @@ impl Story<'_, '_> {
             let now = world.records.metrics().await.count(&name, &full);
             (now > before).then_some(now - before)
         };
-        let more = self.until(more).await?;
+        let more = self.telling.until(more).await?;
         let what = "full handshakes go on between SVIDs of the new CA";
-        self.seen(Thing::OnNewCa, more.is_some(), "mTLS", what)?;
-        self.tally("meanwhile")
+        self.telling.seen(Thing::OnNewCa, more.is_some(), "mTLS", what)?;
+        self.telling.tally("meanwhile")
     }
 
     /// Waits until every sidecar has so many authorities of our trust domain.
@@ -312,48 +228,48 @@ impl Story<'_, '_> {
             }
             Some(())
         };
-        Ok(self.until(there).await?.is_some())
+        Ok(self.telling.until(there).await?.is_some())
     }
 
     async fn policy(&mut self) -> io::Result<()> {
-        self.screen.chapter("A policy drifts and is healed, under a live connection")?;
+        self.telling.screen.chapter("A policy drifts and is healed, under a live connection")?;
         let world = Arc::clone(&self.world);
         let records = &world.records;
         let reload = |names: &[&str]| world.admitting(names).and_then(|config| records.node.reload(config));
         if let Err(why) = reload(&["frontend", "stranger"]) {
-            return self.screen.tell(Tone::Bad, "NOT SEEN", &why);
+            return self.telling.screen.tell(Tone::Bad, "NOT SEEN", &why);
         }
         let what = "declared: allow /frontend; reloaded with: allow /frontend, /stranger";
-        self.screen.tell(Tone::Refused, "drift", what)?;
+        self.telling.screen.tell(Tone::Refused, "drift", what)?;
         let mut caller = match Caller::connect(world.stranger.listener).await {
             Ok(caller) => caller,
-            Err(error) => return self.screen.tell(Tone::Bad, "NOT SEEN", &error.to_string()),
+            Err(error) => return self.telling.screen.tell(Tone::Bad, "NOT SEEN", &error.to_string()),
         };
         let answer = caller.ask("/records/2").await.unwrap_or_else(|error| format!("none: {error}"));
         let named = answer.contains(&format!("\"{}\"", id("stranger")));
-        self.seen(Thing::Admitted, named, "answer", &answer)?;
+        self.telling.seen(Thing::Admitted, named, "answer", &answer)?;
         let labels = [("direction", "inbound"), ("cause", "policy_changed")];
         let before = records.metrics().await.count(CONNECTIONS, &labels);
         let healed = Instant::now();
         if let Err(why) = reload(&["frontend"]) {
-            return self.screen.tell(Tone::Bad, "NOT SEEN", &why);
+            return self.telling.screen.tell(Tone::Bad, "NOT SEEN", &why);
         }
-        self.screen.tell(Tone::Good, "healed", "reloaded as declared: allow /frontend")?;
-        let ended = caller.ended(self.end_of_patience().saturating_duration_since(Instant::now())).await;
+        self.telling.screen.tell(Tone::Good, "healed", "reloaded as declared: allow /frontend")?;
+        let ended = caller.ended(self.telling.end_of_patience().saturating_duration_since(Instant::now())).await;
         let took = healed.elapsed().as_secs_f64() * 1000.0;
         let counted = async || (records.metrics().await.count(CONNECTIONS, &labels) > before).then_some(());
-        let counted = self.until(counted).await?.is_some();
-        let cause = self.screen.bold("policy_changed");
+        let counted = self.telling.until(counted).await?.is_some();
+        let cause = self.telling.screen.bold("policy_changed");
         let what = format!("the stranger's live connection ended {took:.1} ms after that: {cause}");
-        self.seen(Thing::ClosedAtOnce, ended && counted, "closed", &what)?;
+        self.telling.seen(Thing::ClosedAtOnce, ended && counted, "closed", &what)?;
         let who = "/stranger tries again";
         self.refuse(Thing::DeniedAgain, Reason::Denied, who, intruders::plain_http(world.stranger.listener)).await?;
-        let note = self.screen.faint("(The policy alone: comparing the whole posture is not in this build.)");
-        self.screen.more(&note)
+        let note = self.telling.screen.faint("(The policy alone: comparing the whole posture is not in this build.)");
+        self.telling.screen.more(&note)
     }
 
     async fn weak_offer(&mut self) -> io::Result<()> {
-        self.screen.chapter("Somebody offers the cryptography of the past")?;
+        self.telling.screen.chapter("Somebody offers the cryptography of the past")?;
         let world = Arc::clone(&self.world);
         let labels = [("direction", "inbound"), ("what", "3DES")];
         let reasons = [Reason::NoSharedVersion, Reason::NoSharedSuite];
@@ -370,28 +286,18 @@ impl Story<'_, '_> {
             let which = reasons.iter().zip(now.iter().zip(before)).find(|(_, (now, before))| *now > before);
             which.filter(|_| weak > 0).map(|(reason, _)| (*reason, weak))
         };
-        let refused = self.until(refused).await?;
-        let reason = self.screen.bold(refused.map_or("nothing", |(reason, _)| reason.as_str()));
+        let refused = self.telling.until(refused).await?;
+        let reason = self.telling.screen.bold(refused.map_or("nothing", |(reason, _)| reason.as_str()));
         let what = format!("{:<50} {reason}", "TLS 1.0 to 1.2 with TLS_RSA_WITH_3DES_EDE_CBC_SHA");
         let nothing = matches!(got, Got::Nothing(_));
-        self.seen(Thing::Weak, nothing && refused.is_some(), "refused", &what)?;
+        self.telling.seen(Thing::Weak, nothing && refused.is_some(), "refused", &what)?;
         let weak = refused.map_or(0, |(_, weak)| weak);
-        self.screen.more(&format!("{OFFERED_WEAK}{{direction=\"inbound\",what=\"3DES\"}} {weak}"))
-    }
-
-    fn no_failure(&mut self) -> io::Result<()> {
-        let Some(frontend) = &self.frontend else { return Ok(()) };
-        let (requests, failures) = frontend.tally.counts();
-        if self.ledger.tick(Thing::NoFailure, requests > 0 && failures == 0) {
-            return Ok(());
-        }
-        let first = frontend.tally.first_failure().unwrap_or_default();
-        self.screen.tell(Tone::Bad, "FAILED", &format!("{failures} of {requests} requests; the first: {first}"))
+        self.telling.screen.more(&format!("{OFFERED_WEAK}{{direction=\"inbound\",what=\"3DES\"}} {weak}"))
     }
 }
 
 /// The serial and key type, once a sidecar is ready.
-fn ready(state: &Value) -> Option<(String, String)> {
+pub(super) fn ready(state: &Value) -> Option<(String, String)> {
     state.pointer("/ready")?.as_bool().filter(|ready| *ready)?;
     let text = |pointer| state.pointer(pointer).and_then(Value::as_str).map(str::to_owned);
     Some((text("/identity/serial")?, text("/identity/key_type")?))

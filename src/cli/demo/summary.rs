@@ -4,34 +4,34 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use super::ledger::{Ledger, Thing};
+use super::ledger::{Ledger, Promise, Thing};
 use super::scrape::Metrics;
 use super::screen::{Screen, Tone, grouped};
 use super::workloads::Tally;
 use super::world::World;
 
 const DURATION: &str = "portcullis_tls_handshake_duration_seconds";
-const HANDSHAKES: &str = "portcullis_tls_handshakes_total";
+pub(super) const HANDSHAKES: &str = "portcullis_tls_handshakes_total";
 const NEGOTIATED: &str = "portcullis_tls_negotiated_total";
-const CONNECTIONS: &str = "portcullis_connections_total";
+pub(super) const CONNECTIONS: &str = "portcullis_connections_total";
 const ROTATIONS: &str = "portcullis_svid_rotations_total";
-const DECISIONS: &str = "portcullis_authorization_decisions_total";
+pub(super) const DECISIONS: &str = "portcullis_authorization_decisions_total";
 const WEAK: &str = "portcullis_tls_offered_weak_total";
 /// What the records sidecar must have refused for at least once.
 const REASONS: [&str; 5] = ["denied", "untrusted", "unknown_trust_domain", "no_certificate", "not_tls"];
 
 /// One sidecar's side of the table.
-struct Side {
-    metrics: Metrics,
-    direction: &'static str,
+pub(super) struct Side {
+    pub(super) metrics: Metrics,
+    pub(super) direction: &'static str,
 }
 
 impl Side {
-    fn handshakes(&self, resumed: &str) -> u64 {
+    pub(super) fn handshakes(&self, resumed: &str) -> u64 {
         self.metrics.count(&format!("{DURATION}_count"), &[("direction", self.direction), ("resumed", resumed)])
     }
 
-    fn by(&self, name: &str, label: &str) -> BTreeMap<String, u64> {
+    pub(super) fn by(&self, name: &str, label: &str) -> BTreeMap<String, u64> {
         self.metrics.by(name, &[("direction", self.direction)], label)
     }
 
@@ -56,11 +56,11 @@ impl Side {
         list(&self.by(NEGOTIATED, label))
     }
 
-    fn outside(&self) -> u64 {
+    pub(super) fn outside(&self) -> u64 {
         self.metrics.count(NEGOTIATED, &[("direction", self.direction), ("compliant", "false")])
     }
 
-    fn rotations(&self) -> u64 {
+    pub(super) fn rotations(&self) -> u64 {
         self.metrics.count(ROTATIONS, &[("result", "success")])
     }
 
@@ -98,8 +98,31 @@ fn list(counts: &BTreeMap<String, u64>) -> String {
     }
 }
 
+/// The chapter's heading, and what concerns handshakes.
+pub(super) fn handshakes(screen: &mut Screen<'_>, records: &Side, frontend: &Side) -> io::Result<()> {
+    screen.chapter("What the sidecars' own /metrics say of all this")?;
+    let heading = format!("   {:<24}{:<28}{}", "", "/records, inbound", "/frontend, outbound");
+    let heading = screen.bold(&heading);
+    screen.line(&heading)?;
+    for (name, (left, right)) in ROWS.iter().zip(records.rows().into_iter().zip(frontend.rows())) {
+        screen.line(&format!("   {name:<24}{left:<28}{right}"))?;
+    }
+    Ok(())
+}
+
+/// The end of the table.
+pub(super) fn note(screen: &mut Screen<'_>) -> io::Result<()> {
+    let note = screen.faint(&format!("   * from the buckets of {DURATION}"));
+    screen.line(&note)
+}
+
 /// Shows the table and ticks off what it confirms.
-pub(super) async fn show(screen: &mut Screen<'_>, ledger: &mut Ledger, world: &World, tally: &Tally) -> io::Result<()> {
+pub(super) async fn show(
+    screen: &mut Screen<'_>,
+    ledger: &mut Ledger<Thing>,
+    world: &World,
+    tally: &Tally,
+) -> io::Result<()> {
     let records = Side { metrics: world.records.metrics().await, direction: "inbound" };
     let frontend = Side { metrics: world.frontend.metrics().await, direction: "outbound" };
     let refused = records.metrics.by(HANDSHAKES, &[("direction", "inbound"), ("result", "failure")], "reason");
@@ -110,13 +133,7 @@ pub(super) async fn show(screen: &mut Screen<'_>, ledger: &mut Ledger, world: &W
     let (requests, failures) = tally.counts();
     let http = Http::of(&world.clinic.metrics().await);
 
-    screen.chapter("What the sidecars' own /metrics say of all this")?;
-    let heading = format!("   {:<24}{:<28}{}", "", "/records, inbound", "/frontend, outbound");
-    let heading = screen.bold(&heading);
-    screen.line(&heading)?;
-    for (name, (left, right)) in ROWS.iter().zip(records.rows().into_iter().zip(frontend.rows())) {
-        screen.line(&format!("   {name:<24}{left:<28}{right}"))?;
-    }
+    handshakes(screen, &records, &frontend)?;
     for (name, what) in [
         ("connections, /frontend", counted(&carried)),
         ("connections, /records", counted(&ended)),
@@ -131,8 +148,7 @@ pub(super) async fn show(screen: &mut Screen<'_>, ledger: &mut Ledger, world: &W
     }
     let count = format!("{} answered, {} failed (the workloads' own count)", grouped(requests), failures);
     wrapped(screen, "requests", &count)?;
-    let note = screen.faint(&format!("   * from the buckets of {DURATION}"));
-    screen.line(&note)?;
+    note(screen)?;
 
     let each_rotated = records.rotations() >= 2 && frontend.rotations() >= 2;
     if !ledger.tick(Thing::Rotations, each_rotated) {
@@ -154,13 +170,13 @@ pub(super) async fn show(screen: &mut Screen<'_>, ledger: &mut Ledger, world: &W
     Ok(())
 }
 
-fn counted(counts: &BTreeMap<String, u64>) -> String {
+pub(super) fn counted(counts: &BTreeMap<String, u64>) -> String {
     let parts: Vec<_> = counts.iter().map(|(name, count)| format!("{name} {}", grouped(*count))).collect();
     if parts.is_empty() { "none".into() } else { parts.join(", ") }
 }
 
 /// A row whose text may need several lines.
-fn wrapped(screen: &mut Screen<'_>, name: &str, text: &str) -> io::Result<()> {
+pub(super) fn wrapped(screen: &mut Screen<'_>, name: &str, text: &str) -> io::Result<()> {
     const WIDTH: usize = 60;
     let mut name = name;
     let mut line = String::new();

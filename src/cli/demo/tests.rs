@@ -1,7 +1,7 @@
 //! The verdict fails whenever anything was not seen, numbers are read from metrics as they stand there, and plain
 //! output holds no escape codes. The whole story runs in `tests/it/demo.rs`.
 
-use super::ledger::{Ledger, Thing};
+use super::ledger::{Ledger, Promise, Thing};
 use super::outcome_of;
 use super::scrape::Metrics;
 use super::screen::{Screen, Style, Tone, grouped};
@@ -9,7 +9,7 @@ use super::summary::Http;
 
 #[test]
 fn the_verdict_names_what_was_not_seen_whichever_it_is() {
-    assert_eq!(Ledger::default().verdict().unwrap_err().len(), Thing::ALL.len());
+    assert_eq!(Ledger::<Thing>::default().verdict().unwrap_err().len(), Thing::ALL.len());
     for missing in Thing::ALL {
         let mut ledger = Ledger::default();
         for thing in Thing::ALL {

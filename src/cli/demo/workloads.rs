@@ -172,7 +172,13 @@ impl Tally {
         self.first_failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn failed(&self, what: &str, why: &io::Error) {
+    /// One more was answered.
+    pub(super) fn answered(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One more was not.
+    pub(super) fn failed(&self, what: &str, why: &io::Error) {
         self.failures.fetch_add(1, Ordering::Relaxed);
         let mut first = self.first_failure.lock().unwrap_or_else(PoisonError::into_inner);
         first.get_or_insert_with(|| format!("{what}: {why}"));
@@ -232,7 +238,7 @@ async fn ask_on(whom: Whom, number: u64, tally: Arc<Tally>, mut stopped: watch::
             Ok(mut caller) => loop {
                 match caller.ask(&format!("{below}/{}", round * (KEPT + 1) + number)).await {
                     Ok(answer) if answer.contains(&format!("\"{own}\"")) => {
-                        tally.requests.fetch_add(1, Ordering::Relaxed);
+                        tally.answered();
                     }
                     Ok(answer) => tally.failed("another answer", &io::Error::other(answer)),
                     Err(error) => {
@@ -253,6 +259,6 @@ async fn ask_on(whom: Whom, number: u64, tally: Arc<Tally>, mut stopped: watch::
 }
 
 /// True when it is time to stop.
-async fn pause(stopped: &mut watch::Receiver<bool>) -> bool {
+pub(super) async fn pause(stopped: &mut watch::Receiver<bool>) -> bool {
     tokio::time::timeout(PAUSE, stopped.wait_for(|stop| *stop)).await.is_ok()
 }

@@ -1,14 +1,13 @@
 //! The stage: an authority, the workloads and their sidecars, all in this process and on loopback.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
 use tokio::runtime::Handle;
-use tokio::task::JoinSet;
 
 use super::clinic::{Clinic, SERVICE};
+use super::rotations::Rotations;
 use super::scrape;
 use super::workloads::Records;
 use crate::accelerate::Acceleration;
@@ -25,8 +24,6 @@ pub(super) const DOMAIN: &str = "demo.portcullis.example";
 /// A trust domain that the demo does not know.
 const ELSEWHERE: &str = "elsewhere.example";
 
-/// How often a sidecar is asked whether its SVID is another one.
-const LOOK: Duration = Duration::from_millis(100);
 /// How long a connection may take to end once nobody uses it.
 const DRAIN: Duration = Duration::from_secs(2);
 
@@ -79,15 +76,6 @@ impl Sidecar {
     }
 }
 
-/// A replacement of an SVID, as `/state` showed it.
-#[derive(Clone, Debug)]
-pub(super) struct Rotation {
-    pub(super) name: &'static str,
-    pub(super) before: String,
-    pub(super) after: String,
-    pub(super) generation: u64,
-}
-
 /// Everything that runs.
 #[derive(Debug)]
 pub(super) struct World {
@@ -105,8 +93,8 @@ pub(super) struct World {
     pub(super) web: Sidecar,
     /// How long an SVID lives.
     pub(super) life: Duration,
-    rotations: Arc<Mutex<Vec<Rotation>>>,
-    _watchers: JoinSet<()>,
+    /// The rotations of the records and the frontend sidecar.
+    pub(super) rotations: Rotations,
 }
 
 impl World {
@@ -131,11 +119,7 @@ impl World {
         let frontend = caller("frontend", &records, "tcp").await?;
         let stranger = caller("stranger", &records, "tcp").await?;
         let web = caller("web", &clinic, "http").await?;
-        let rotations = Arc::default();
-        let mut watchers = JoinSet::new();
-        for sidecar in [&records, &frontend] {
-            watchers.spawn(watch(sidecar.name, sidecar.node.admin(), Arc::clone(&rotations)));
-        }
+        let rotations = Rotations::watch([&records, &frontend].map(|sidecar| (sidecar.name, sidecar.node.admin())));
         Ok(Self {
             forger: open(DOMAIN, life, clock.clone())?,
             elsewhere: open(ELSEWHERE, life, clock)?,
@@ -149,7 +133,6 @@ impl World {
             web,
             life,
             rotations,
-            _watchers: watchers,
         })
     }
 
@@ -161,11 +144,6 @@ impl World {
     /// The config of the records sidecar that admits these.
     pub(super) fn admitting(&self, names: &[&str]) -> Result<Config, String> {
         config("records", &records_text(self.life, self.workload.address, names))
-    }
-
-    /// The rotations since this was last asked.
-    pub(super) fn take_rotations(&self) -> Vec<Rotation> {
-        std::mem::take(&mut self.rotations.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// A request for an identity that one of the other authorities issues.
@@ -245,22 +223,4 @@ fn caller_text(name: &str, life: Duration, of: &Sidecar, protocol: &str) -> Stri
         of.listener,
         id(of.name)
     )
-}
-
-/// Writes down every change of a sidecar's SVID that its `/state` shows.
-async fn watch(name: &'static str, admin: SocketAddr, rotations: Arc<Mutex<Vec<Rotation>>>) {
-    let mut tick = tokio::time::interval(LOOK);
-    let mut before: Option<String> = None;
-    loop {
-        tick.tick().await;
-        let state = scrape::state(admin).await;
-        let Some(after) = state.pointer("/identity/serial").and_then(Value::as_str) else { continue };
-        if let Some(before) = before.replace(after.to_owned())
-            && before != after
-        {
-            let generation = state.pointer("/identity/generation").and_then(Value::as_u64).unwrap_or(0);
-            let rotation = Rotation { name, before, after: after.to_owned(), generation };
-            rotations.lock().unwrap_or_else(PoisonError::into_inner).push(rotation);
-        }
-    }
 }

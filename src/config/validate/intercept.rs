@@ -205,8 +205,27 @@ fn outbound_listener(c: &mut Checker<'_>, index: usize, listener: &Outbound, cap
             c.error(at!["outbound", index, "capture", "http_hosts"], what);
         }
     }
+    if let Some(capture) = &listener.capture
+        && !capture.sni.is_empty()
+        && listener.protocol == Protocol::Http
+    {
+        let what =
+            "server names are seen only where the workload speaks TLS, which `protocol: http` refuses; remove one";
+        c.error(at!["outbound", index, "capture", "sni"], what);
+    }
     if listener.passthrough != Passthrough::Off {
         let at = at!["outbound", index, "passthrough"];
+        if let Some(capture) = &listener.capture
+            && capture.wants_bytes()
+            && capture.addresses.is_empty()
+            && capture.names.is_empty()
+        {
+            let what = format!(
+                "'{}' lets the workload reach any address that it says such a name to; add `addresses` or `names`",
+                listener.name
+            );
+            c.warn(here, what);
+        }
         if listener.capture.is_none() {
             c.error(at, "only captured connections pass through; write `capture` in place of `listen`, or remove it");
         }

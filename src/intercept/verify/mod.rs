@@ -8,7 +8,6 @@
 //! Nobody who listens is needed: what is captured while the proxy is down is refused, and that is found here.
 
 mod actor;
-mod link;
 mod probe;
 mod stage;
 
@@ -111,7 +110,7 @@ pub fn proven(findings: &[Finding], lenient: bool) -> bool {
 }
 
 /// Attempts everything that the plan is to prevent, as user `wanted` or, if that does not say, as nobody. It takes some
-/// milliseconds if all is captured and the proxy is down, and at most about five seconds.
+/// milliseconds if all is captured and the proxy is down, and at most some six seconds.
 pub fn verify(plan: &Plan, wanted: Option<u32>) -> Vec<Finding> {
     let us = Us::now();
     let cast = Cast { plan, application: us.application(plan, wanted), proxy: us.proxy(plan) };
@@ -268,8 +267,8 @@ impl Scene<'_> {
         };
         let way = loop {
             match by_tcp(&target, &self.cast.proxy) {
-                // The addresses are not in use yet.
-                Way::Failed(_) if self.cast.proxy.is_ok() && Instant::now() < deadline => {
+                // The addresses are not in use yet, or the first packet was lost.
+                Way::Failed(_) | Way::Silent if self.cast.proxy.is_ok() && Instant::now() < deadline => {
                     std::thread::sleep(Duration::from_millis(10));
                 }
                 way => break way,

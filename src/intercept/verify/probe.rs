@@ -40,6 +40,8 @@ impl From<io::Error> for Way {
         match error.kind() {
             // What netfilter refuses to a sender of this host is a lack of permission to it.
             ErrorKind::ConnectionRefused | ErrorKind::PermissionDenied => Self::Refused,
+            // Accepted, and cut before we could say anything. The target does not do that.
+            ErrorKind::ConnectionReset | ErrorKind::NotConnected => Self::Taken,
             ErrorKind::TimedOut | ErrorKind::WouldBlock => Self::Silent,
             _ => Self::Failed(error.to_string()),
         }
@@ -191,6 +193,18 @@ mod tests {
         let deaf = target(Type::DGRAM, HERE, None, &[]).unwrap();
         assert_eq!(udp(&udp_target, |_| Ok(dial(Type::DGRAM, address(&deaf).unwrap()))), Way::Silent);
         assert_eq!(tcp(&tcp_target, |_| Err("no such user".into())), Way::Failed("no such user".into()));
+    }
+
+    #[test]
+    fn a_cut_and_a_refusal_by_netfilter_are_told_apart_from_silence() {
+        for (kind, way) in [
+            (ErrorKind::ConnectionReset, Way::Taken),
+            (ErrorKind::PermissionDenied, Way::Refused),
+            (ErrorKind::TimedOut, Way::Silent),
+        ] {
+            assert_eq!(Way::from(io::Error::from(kind)), way);
+        }
+        assert!(matches!(Way::from(io::Error::from(ErrorKind::NetworkUnreachable)), Way::Failed(_)));
     }
 
     #[test]

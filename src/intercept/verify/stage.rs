@@ -7,13 +7,17 @@
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
+use super::super::link;
 use super::super::plan::Plan;
-use super::link;
+
+/// How long the kernel may take to see that the link is up.
+const READY: Duration = Duration::from_secs(2);
 
 /// The addresses of one family: ours, and that of the host at the other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +51,7 @@ impl Stage {
     pub(super) fn build(plan: &Plan) -> Result<Self, String> {
         let far = namespace()?;
         let name = format!("pcl-{:08x}", fastrand::u32(..));
-        link::create(&name, &far).map_err(|errno| match errno {
+        link::pair(&name, &name, &far).map_err(|errno| match errno {
             Errno::PERM => "a link for probes takes CAP_NET_ADMIN".to_owned(),
             errno => format!("no link for probes can be made: {errno}"),
         })?;
@@ -56,9 +60,20 @@ impl Stage {
         let failed = |what: &str, errno| format!("the link for probes cannot be set up ({what}): {errno}");
         link::up(&stage.name).map_err(|errno| failed("our end", errno))?;
         stage.there(|| link::up(&stage.name))?.map_err(|errno| failed("the other end", errno))?;
+        stage.wait()?;
         stage.v4 = stage.ends(plan, &candidates_v4(), 30);
         stage.v6 = stage.ends(plan, &candidates_v6(), 64);
         Ok(stage)
+    }
+
+    /// Waits until both ends carry packets. If that takes too long, the attempts will tell.
+    fn wait(&self) -> Result<(), String> {
+        let deadline = Instant::now() + READY;
+        let ready = || Ok::<_, String>(carries(&self.name) && self.there(|| carries(&self.name))?);
+        while !ready()? && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     /// Does something on the other host.
@@ -86,6 +101,11 @@ impl Stage {
         there.map_err(|errno| because("the other end", errno))?;
         Ok(*ends)
     }
+}
+
+fn carries(name: &str) -> bool {
+    // A list that changes while it is read is read again.
+    link::carries(name).unwrap_or(false)
 }
 
 impl Drop for Stage {
@@ -162,7 +182,6 @@ fn speaks_v6() -> bool {
 mod tests {
     use super::*;
     use crate::intercept::plan::{InboundCapture, InboundMode, OutboundCapture, ProxyOwner, Udp};
-    use std::time::Duration;
 
     fn plan(destinations: &[&str], sources: &[&str]) -> Plan {
         let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();

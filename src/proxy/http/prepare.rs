@@ -143,6 +143,15 @@ fn outbound(
     becomes: Becomes,
 ) -> Result<Prepared, Refused> {
     let state = listener.state.load_full();
+    if !state.takes_host(authority.as_ref().map(|authority| authority.host())) {
+        // RFC 9110, section 15.5.20: on another connection it is taken to where it belongs.
+        return Err(Refused {
+            status: StatusCode::MISDIRECTED_REQUEST,
+            cause: RequestCause::Misdirected,
+            detail: "the host is none of the listener's `http_hosts`".into(),
+            close: true,
+        });
+    }
     let pool = state.pools.of(down.entry.client.original()).ok_or_else(no_pool)?;
     let options = &pool.options;
     headers::remove_claims(&mut parts.headers, options.forwarded, false);

@@ -228,6 +228,8 @@ impl Http {
     /// Something worth counting that is no end of anything.
     pub(super) fn event(&self, direction: Direction, event: Event) {
         match event {
+            // Counted by `Passed`.
+            Event::PassedTls(_) | Event::OfferedWeak(_) | Event::PassedPlaintext => {}
             Event::Detected(result) => self.detected.with_label_values(&[direction.as_str(), result]).inc(),
             // No request, and counted beside them.
             Event::Plaintext(_) => {}

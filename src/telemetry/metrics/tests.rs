@@ -64,6 +64,7 @@ fn ended(peer: &str) -> ConnectionRecord {
         local: None,
         rule: None,
         tls: Some(negotiated()),
+        watched: None,
         handshake_failure: None,
         bytes_sent: 0,
         bytes_received: 0,

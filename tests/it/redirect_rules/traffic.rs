@@ -239,22 +239,22 @@ fn the_workload_sees_the_client_and_its_answers_come_to_the_proxy() {
 fn a_socket_that_is_bound_to_a_device_does_not_get_out() {
     let Some(pod) = Pod::new() else { return };
     let _servers = pod.servers();
-    let bound = || {
+    let bound = |patience: Duration| {
         pod.inside(|| {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
             socket.bind_device(Some(b"eth0")).unwrap();
             become_user(APP);
-            let asked = socket.connect_timeout(&port(PEER, 8080).into(), Duration::from_secs(1));
+            let asked = socket.connect_timeout(&port(PEER, 8080).into(), patience);
             asked.and_then(|()| greeted(socket.into())).map(|(line, _)| line)
         })
     };
-    assert!(bound().unwrap().starts_with("peer"));
+    assert!(bound(PATIENCE).unwrap().starts_with("peer"));
     for backend in BACKENDS {
         // A peer that would take the captured segments for its own, if they came.
         pod.at_peer("sysctl -qw net.ipv4.conf.all.route_localnet=1");
         pod.apply(&plan(), backend);
         // Who has made the socket counts, and that was root.
-        match bound() {
+        match bound(Duration::from_secs(1)) {
             Ok(line) => assert!(line.starts_with("outbound"), "{backend:?}: {line}"),
             Err(why) => assert_eq!(why.kind(), ErrorKind::TimedOut, "{backend:?}"),
         }
@@ -275,21 +275,21 @@ fn nobody_outside_gets_at_what_is_bound_to_loopback() {
     for setting in settings {
         pod.at_peer(&format!("sysctl -qw net.ipv4.conf.{setting}"));
     }
-    let ask = || {
+    let ask = |patience: Duration| {
         pod.outside(|| {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
             socket.bind_device(Some(b"eth0")).unwrap();
             socket.bind(&port(PEER, 0).into()).unwrap();
-            let asked = socket.connect_timeout(&port("127.0.0.9", 8080).into(), Duration::from_secs(1));
+            let asked = socket.connect_timeout(&port("127.0.0.9", 8080).into(), patience);
             asked.and_then(|()| greeted(socket.into())).map(|(line, _)| line).map_err(|why| why.kind())
         })
     };
     for backend in BACKENDS {
         pod.apply(&plan(), backend);
-        assert_eq!(ask(), Err(ErrorKind::TimedOut), "{backend:?}");
+        assert_eq!(ask(Duration::from_secs(1)), Err(ErrorKind::TimedOut), "{backend:?}");
     }
     // Without the rules that prevent it, it would be captured as if it were for any address.
     pod.apply(&plan(), Backend::Nftables);
     pod.in_pod("nft flush chain inet portcullis prerouting_filter");
-    assert_eq!(ask(), Ok("inbound 127.0.0.9:8080 10.99.0.1".to_owned()));
+    assert_eq!(ask(PATIENCE), Ok("inbound 127.0.0.9:8080 10.99.0.1".to_owned()));
 }
