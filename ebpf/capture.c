@@ -7,9 +7,7 @@
  *                   it is established.
  *   getsockopt      the proxy asks for SO_ORIGINAL_DST on the accepted socket and is answered as by REDIRECT.
  *   getpeername4/6  the workload sees the destination that it asked for.
- *
- * Addresses are kept as IPv6, IPv4 as v4-mapped (RFC 4291, section 2.5.5.2), so that one socket family cannot walk round a
- * rule that is written in the other's terms. All is in network byte order unless a line says otherwise. */
+ */
 #include "bpf.h"
 
 /* Whatever a config can declare fits (src/config/validate/intercept.rs). */
@@ -84,36 +82,6 @@ struct {
 	TYPE(key, struct client);
 	TYPE(value, struct original);
 } clients SEC(".maps");
-
-INLINE int is_mapped(const __u32 address[4])
-{
-	return address[0] == 0 && address[1] == 0 && address[2] == TO_NETWORK_32(0xffff);
-}
-
-/* 127.0.0.0/8, ::1, and the unspecified addresses, which mean loopback to connect(2). */
-INLINE int is_loopback(const __u32 address[4])
-{
-	if (is_mapped(address))
-		return address[3] == 0 || (address[3] & TO_NETWORK_32(0xff000000)) == TO_NETWORK_32(0x7f000000);
-	return address[0] == 0 && address[1] == 0 && address[2] == 0 &&
-	       (address[3] == 0 || address[3] == TO_NETWORK_32(1));
-}
-
-INLINE void map_address(__u32 address[4], __u32 v4)
-{
-	address[0] = 0;
-	address[1] = 0;
-	address[2] = TO_NETWORK_32(0xffff);
-	address[3] = v4;
-}
-
-INLINE void copy_address(__u32 to[4], const __u32 from[4])
-{
-	to[0] = from[0];
-	to[1] = from[1];
-	to[2] = from[2];
-	to[3] = from[3];
-}
 
 INLINE int is_exempt_user(void)
 {
@@ -225,17 +193,6 @@ int capture_connect6(struct bpf_sock_addr *context)
 		return REFUSE;
 	}
 }
-
-/* Both forms are read, and then one is taken: see READ. */
-#define SOCKET_ADDRESS(address, family, v4, v6)                                                      \
-	do {                                                                                         \
-		__u32 four = READ(v4);                                                               \
-		__u32 six[4] = {READ((v6)[0]), READ((v6)[1]), READ((v6)[2]), READ((v6)[3])};         \
-                                                                                                     \
-		if ((family) == AF_INET)                                                             \
-			map_address(six, four);                                                      \
-		copy_address(address, six);                                                          \
-	} while (0)
 
 /* If the map is full of newer entries, the proxy finds no destination and refuses the connection. */
 SEC("sockops")

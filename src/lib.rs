@@ -9,6 +9,7 @@
 //! [`config`]; [`telemetry`] and [`posture`] receive plain records, and [`sandbox`] locks the process in. The whole picture is in
 //! ARCHITECTURE.md.
 
+pub mod accelerate;
 pub mod admin;
 pub mod app;
 pub mod authority;

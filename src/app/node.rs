@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::{Proxy, interception};
+use crate::accelerate::Acceleration;
 use crate::admin::{Pulse, Readiness, Server, Sources};
 use crate::clock::Clock;
 use crate::config::Config;
@@ -101,6 +102,7 @@ impl Node {
         traffic: Handle,
         mut inherited: Inherited,
         mut sandbox: Sandbox,
+        acceleration: Acceleration,
     ) -> Result<Self, String> {
         let readiness = Readiness::default();
         let waiting = readiness.wait_for("identity");
@@ -153,6 +155,7 @@ impl Node {
                 Box::new(move || {
                     let mut state = state(&proxy, &readiness, &sandbox);
                     if let Some(fields) = state.as_object_mut() {
+                        fields.insert("acceleration".into(), acceleration.report());
                         fields.insert("drift".into(), json!(register.standing()));
                         fields.insert("interception".into(), interception::state(&last.borrow()));
                     }
@@ -207,6 +210,7 @@ impl Node {
             ("intercept", before.intercept == config.intercept),
             ("threads", before.threads == config.threads),
             ("sandbox", before.sandbox == config.sandbox),
+            ("accelerate", before.accelerate == config.accelerate),
             ("tls.svid_keys", before.tls.svid_keys == config.tls.svid_keys),
             ("telemetry.max_peers", before.telemetry.max_peers == config.telemetry.max_peers),
             ("telemetry.traces", before.telemetry.traces == config.telemetry.traces),

@@ -7,6 +7,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failure, Outcome};
+use crate::accelerate::Acceleration;
 use crate::app::Node;
 use crate::app::source::source_of;
 use crate::authority::make_state_dir;
@@ -37,12 +38,15 @@ pub fn run(args: &RunArgs) -> Outcome {
     if let Some(directory) = loaded.config.identity.authority.as_ref().and_then(|own| own.state_dir.as_deref()) {
         make_state_dir(directory).map_err(Failure::new)?;
     }
+    // With the privileges of the start, which the sandbox takes.
+    let acceleration = Acceleration::start(&loaded.config).map_err(Failure::new)?;
     // Before there are threads: a part of it is each thread's own.
     let sandbox = Sandbox::enter(&loaded.config, &args.config).map_err(Failure::new)?;
     let log = Log::start(&loaded.config.telemetry).map_err(Failure::new)?;
     for warning in &loaded.warnings {
         tracing::warn!("{}", warning.line(&loaded.name));
     }
+    acceleration.tell();
     super::give_memory_back();
     raise_descriptor_limit();
     let traffic = traffic_runtime(threads)?;
@@ -53,7 +57,8 @@ pub fn run(args: &RunArgs) -> Outcome {
         .enable_all()
         .build()
         .map_err(Failure::new)?;
-    let outcome = control.block_on(serve(&args.config, loaded, &log, traffic.handle().clone(), inherited, sandbox));
+    let start = Start { inherited, sandbox, acceleration };
+    let outcome = control.block_on(serve(&args.config, loaded, &log, traffic.handle().clone(), start));
     log.flush();
     traffic.shutdown_background();
     control.shutdown_background();
@@ -82,21 +87,23 @@ pub(super) fn traffic_runtime(threads: usize) -> Result<Runtime, Failure> {
     builder.thread_name("traffic").enable_all().build().map_err(Failure::new)
 }
 
-async fn serve(
-    path: &Path,
-    loaded: Loaded,
-    log: &Log,
-    traffic: tokio::runtime::Handle,
+/// What had to be done before there were threads.
+struct Start {
     inherited: Inherited,
     sandbox: Sandbox,
-) -> Outcome {
+    acceleration: Acceleration,
+}
+
+async fn serve(path: &Path, loaded: Loaded, log: &Log, traffic: tokio::runtime::Handle, start: Start) -> Outcome {
     let mut terminate = signal(SignalKind::terminate()).map_err(Failure::new)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::new)?;
     let mut hangup = signal(SignalKind::hangup()).map_err(Failure::new)?;
     let mut watcher = Watcher::new(path, &loaded.digest);
     let clock = Clock::system();
     let source = source_of(&loaded.config.identity, &clock).map_err(Failure::new)?;
-    let node = Node::start(loaded.config, source, clock, traffic, inherited, sandbox).await.map_err(Failure::new)?;
+    let node = Node::start(loaded.config, source, clock, traffic, start.inherited, start.sandbox, start.acceleration)
+        .await
+        .map_err(Failure::new)?;
     for listener in node.proxy().listeners() {
         tracing::info!(
             listener = listener.name,

@@ -4,6 +4,7 @@
 //! ([`watch`]). In: one YAML file. Out: a [`Config`] that is whole and meaningful, or [`ConfigErrors`] of which each
 //! line names file, line and column and says what to do. Unknown keys are refused.
 
+mod accelerate;
 pub mod address;
 mod captured;
 pub mod files;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::policy::pattern::IdPattern;
 
+pub use super::accelerate::AccelerateMode;
 pub use super::captured::Network;
 pub use super::http::{
     EscapedSlash, ForwardClientCert, Forwarded, GrpcMatch, HeaderMatch, HttpMatch, InboundHttp, Protocol, RegoModules,
@@ -65,6 +66,9 @@ pub struct Config {
     /// What the proxy takes from itself once it has started.
     #[serde(default)]
     pub sandbox: SandboxMode,
+    /// Whether plaintext between proxy and workload is accelerated. Takes CAP_BPF and CAP_NET_ADMIN at the start.
+    #[serde(default)]
+    pub accelerate: AccelerateMode,
     /// How long open connections may go on after SIGTERM.
     #[serde(default = "drain_timeout")]
     pub drain_timeout: Span,

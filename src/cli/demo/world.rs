@@ -10,6 +10,7 @@ use super::clinic::{Clinic, SERVICE};
 use super::rotations::Rotations;
 use super::scrape;
 use super::workloads::Records;
+use crate::accelerate::Acceleration;
 use crate::app::Node;
 use crate::authority::{Authority, EmbeddedSource, Options, SvidRequest};
 use crate::clock::Clock;
@@ -49,7 +50,16 @@ impl Sidecar {
         let source = EmbeddedSource::new(authority.clone(), request).map_err(|error| error.to_string())?;
         let clock = authority.clock().clone();
         // Several sidecars share this process, and with them the workloads that stand in for real ones.
-        let node = Node::start(config, Box::new(source), clock, traffic, Inherited::none(), Sandbox::off()).await?;
+        let node = Node::start(
+            config,
+            Box::new(source),
+            clock,
+            traffic,
+            Inherited::none(),
+            Sandbox::off(),
+            Acceleration::off(),
+        )
+        .await?;
         let listener = node.proxy().listeners().first().and_then(|listener| listener.address.parse().ok());
         let listener = listener.ok_or_else(|| format!("the sidecar of {name} has no listener"))?;
         Ok(Self { name, node, listener })

@@ -12,7 +12,7 @@ const MAGIC: u32 = 0x6367_7270;
 /// A cgroup of version 2, opened.
 #[derive(Debug)]
 pub struct Cgroup {
-    pub(super) directory: File,
+    pub(crate) directory: File,
     /// Its inode number, by which the kernel knows it (bpf_get_current_cgroup_id, bpf-helpers(7)).
     pub(super) id: u64,
     path: PathBuf,

@@ -5,10 +5,11 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use libbpf_rs::query::LinkTypeInfo;
-use libbpf_rs::{ErrorKind, Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, PrintLevel, ProgramMut};
+use libbpf_rs::{ErrorKind, Link, MapCore, MapFlags, MapHandle, Object, ProgramMut};
 
 use super::Cgroup;
 use super::bytes::Bytes;
+use super::object::{self, is_plan, one_line};
 use super::pins::Pins;
 
 static BYTECODE: &[u8] = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/ebpf/capture.bpf.o"));
@@ -46,27 +47,11 @@ pub(super) fn install(plan: &Bytes, cgroup: &Cgroup, pins: &Pins) -> Result<(), 
     pins.keep_only(&LINKS.iter().map(|(pin, _)| *pin).chain(shared).chain([PLAN]).collect::<Vec<_>>())
 }
 
-/// Frozen by the kernel before the programs are verified.
-fn is_plan(map: &std::ffi::OsStr) -> bool {
-    map.to_string_lossy().ends_with(".rodata")
-}
-
 fn load(plan: &Bytes, pins: &Pins) -> Result<Object, String> {
-    // Otherwise the library writes to standard error.
-    libbpf_rs::set_print(Some((PrintLevel::Warn, |_, said| tracing::debug!(said = said.trim_end(), "libbpf"))));
-    let fails = |error: libbpf_rs::Error| one_line("the eBPF programs cannot be loaded", &error);
-    // Of its own, because what is built in need not be aligned.
-    let bytecode = BYTECODE.to_vec();
-    let mut object = ObjectBuilder::default().open_memory(&bytecode).map_err(fails)?;
-    for mut map in object.maps_mut() {
-        if is_plan(map.name()) {
-            map.set_initial_value(plan).map_err(fails)?;
-        }
-        if let Some((_, pin)) = SHARED.iter().find(|(name, _)| map.name() == *name) {
-            map.set_pin_path(pins.at(pin)).map_err(fails)?;
-        }
-    }
-    object.load().map_err(fails)
+    object::load(BYTECODE, plan, |map| match SHARED.iter().find(|(name, _)| map.name() == *name) {
+        Some((_, pin)) => map.set_pin_path(pins.at(pin)),
+        None => Ok(()),
+    })
 }
 
 fn put(program: &ProgramMut<'_>, pin: &str, cgroup: &Cgroup, pins: &Pins) -> Result<(), String> {
@@ -167,10 +152,4 @@ fn attached_to(path: &Path) -> Result<Option<u64>, String> {
         LinkTypeInfo::Cgroup(at) => Ok(Some(at.cgroup_id)),
         _ => Err(format!("{}: not the link of a cgroup: remove it", path.display())),
     }
-}
-
-/// An error and its causes.
-fn one_line(what: &str, error: &libbpf_rs::Error) -> String {
-    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
-    causes.fold(what.to_owned(), |line, cause| line + ": " + &cause.to_string())
 }

@@ -11,6 +11,7 @@
 mod bytes;
 mod cgroup;
 mod links;
+pub(crate) mod object;
 mod pins;
 
 use std::os::unix::net::UnixDatagram;
@@ -85,7 +86,7 @@ nix::getsockopt_impl!(
 );
 
 /// What the programs know the calling thread's network namespace by (socket(7), SO_NETNS_COOKIE; Linux 5.14).
-fn netns_cookie() -> Result<u64, String> {
+pub(crate) fn netns_cookie() -> Result<u64, String> {
     let socket = UnixDatagram::unbound().map_err(|error| format!("a socket cannot be opened: {error}"))?;
     let cookie = nix::sys::socket::getsockopt(&socket, NetnsCookie)
         .map_err(|error| format!("the network namespace has no cookie, so eBPF capture needs Linux 5.15: {error}"))?;

@@ -1,6 +1,7 @@
 //! Outbound capture by eBPF programs, in a cgroup and a network namespace of the test's own: what is captured, what is
 //! exempt, every way round that we know of, and that nothing opens the gate but who may.
 
+mod accelerated;
 mod around;
 mod exempt;
 mod gate;
