@@ -61,12 +61,13 @@ fn from_proxy(plan: &Plan) -> Option<Chain> {
     }
     rules.extend(loopback_passes());
     rules.extend(ports_pass(TCP, &inbound.skip_ports));
-    rules.push(rule(
-        [Match::Protocol(TCP), Match::LocalDestination],
-        Action::Redirect(inbound.port),
-        "our own address meets the inbound policy",
-    ));
+    rules.push(own_address(inbound));
     Some(Chain { name: FROM_PROXY, base: None, rules })
+}
+
+fn own_address(inbound: &InboundCapture) -> Rule {
+    let matches = [Match::Protocol(TCP), Match::LocalDestination];
+    rule(matches, Action::Redirect(inbound.port), "our own address meets the inbound policy")
 }
 
 /// Outbound connections go to the capture port. What a redirect rewrites it sends to 127.0.0.1 or ::1.
@@ -85,6 +86,12 @@ fn output_nat(plan: &Plan) -> Option<Chain> {
         rules.extend(ports_pass(TCP, &outbound.skip_ports));
         rules.extend(name_servers_pass(plan));
         rules.push(rule([Match::Protocol(TCP)], Action::Redirect(outbound.port), "outbound capture"));
+    } else if let (Some(inbound), None) = (&plan.inbound, &plan.outbound) {
+        // Who calls the workload by this host's address comes by its inbound policy, also where nothing that leaves is
+        // captured.
+        rules.extend(loopback_passes());
+        rules.extend(ports_pass(TCP, &inbound.skip_ports));
+        rules.push(own_address(inbound));
     }
     Some(Chain { name: "output_nat", base: base(Kind::Nat, Hook::Output, DSTNAT), rules })
 }

@@ -19,6 +19,10 @@ pub(super) const SECTIONS: &[Section] = &[
     Section { title: "identity", keys: &["identity"], in_words: identity },
     Section { title: "listeners", keys: &["listeners"], in_words: listeners },
     Section { title: "plaintext", keys: &["plaintext"], in_words: plaintext },
+    Section { title: "interception", keys: &["interception"], in_words: interception },
+    Section { title: "drift", keys: &["drift"], in_words: drift },
+    Section { title: "sandbox", keys: &["sandbox"], in_words: sandbox },
+    Section { title: "acceleration", keys: &["acceleration"], in_words: acceleration },
 ];
 
 fn proxy(state: &Value) -> Vec<String> {
@@ -79,6 +83,51 @@ fn plaintext(state: &Value) -> Vec<String> {
         }
     }
     lines
+}
+
+fn interception(state: &Value) -> Vec<String> {
+    let interception = &state["interception"];
+    let Some(findings) = interception["findings"].as_object() else { return Vec::new() };
+    let whole = match interception["whole"].as_bool() {
+        Some(true) => "whole, as far as it can be seen",
+        Some(false) => "broken: run `portcullis redirect verify`",
+        None => "nothing shows whether it is whole",
+    };
+    let finding = |(what, finding): (&String, &Value)| {
+        let verdict = text(&finding["verdict"]).replace('_', " ");
+        format!("{}: {verdict}: {}", what.replace('_', " "), text(&finding["detail"]))
+    };
+    std::iter::once(whole.to_owned()).chain(findings.iter().map(finding)).collect()
+}
+
+fn drift(state: &Value) -> Vec<String> {
+    let mut lines = Vec::new();
+    for drift in list(&state["drift"]) {
+        let since = drift["since"].as_u64().map(when).unwrap_or_default();
+        lines.push(format!("{} since {since}: {}", text(&drift["kind"]), text(&drift["remedy"])));
+        lines.extend(list(&drift["evidence"]).iter().map(|evidence| format!("  {}", text(evidence))));
+    }
+    lines
+}
+
+fn sandbox(state: &Value) -> Vec<String> {
+    let Some(sandbox) = state["sandbox"].as_object() else { return Vec::new() };
+    let (mut held, mut missing) = (Vec::new(), Vec::new());
+    for (name, part) in sandbox.iter().filter(|(_, part)| part.is_object()) {
+        match part["in_force"] == true {
+            true => held.push(name.as_str()),
+            false => missing.push(format!("without {name}: {}", text(&part["why"]))),
+        }
+    }
+    let held = (!held.is_empty()).then(|| format!("in force: {}", held.join(", ")));
+    held.into_iter().chain(missing).collect()
+}
+
+fn acceleration(state: &Value) -> Vec<String> {
+    let acceleration = &state["acceleration"];
+    let refused = list(&acceleration["refused"]).iter().map(|why| format!("refused: {}", text(why)));
+    let active = (acceleration["active"] == true).then(|| "plaintext goes past TCP".to_owned());
+    active.into_iter().chain(refused).collect()
 }
 
 fn text(value: &Value) -> &str {

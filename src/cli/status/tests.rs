@@ -31,6 +31,13 @@ fn state(ready: bool) -> Value {
                 "address": format!("10.0.0.{n}"), "let_through": 1, "refused": 0, "last_seen": 1_700_000_000_u64
             })).collect::<Vec<_>>(),
         }],
+        "interception": {
+            "checked": 1, "whole": false,
+            "findings": { "own_address_ipv4": { "verdict": "not_checked", "detail": "this host has none" } },
+        },
+        "drift": [{ "kind": "interception", "since": 1_700_000_000_u64, "evidence": ["it is gone"], "remedy": "apply" }],
+        "sandbox": { "mode": "prefer", "seccomp": { "in_force": true }, "landlock": { "in_force": false, "why": "old" } },
+        "acceleration": { "mode": "auto", "active": false, "refused": ["splice: nothing was read"] },
         "config": { "anything": "else" },
     })
 }
@@ -47,6 +54,11 @@ fn a_ready_proxy_is_told_of_in_words_and_one_that_waits_fails() {
         "port 8080 (api, plaintext: audit): safe to go strict? no: 5 let through",
         "10.0.0.0: 1 let through, 0 refused, last 2023-11-14T22:13:20Z (",
         "and 2 more callers",
+        "broken: run `portcullis redirect verify`\n  own address ipv4: not checked: this host has none",
+        "interception since 2023-11-14T22:13:20Z (",
+        "    it is gone\n",
+        "in force: seccomp\n  without landlock: old\n",
+        "refused: splice: nothing was read",
     ] {
         assert!(out.contains(expected), "{expected}: {out}");
     }

@@ -81,6 +81,22 @@ fn the_proxy_meets_the_inbound_policy_at_its_own_address_and_reaches_its_workloa
     }
 }
 
+#[test]
+fn whoever_calls_the_workload_from_here_meets_the_inbound_policy_also_where_nothing_outbound_is_captured() {
+    let Some(pod) = Pod::new() else { return };
+    let _servers = pod.servers();
+    for backend in BACKENDS {
+        pod.apply(&Plan { outbound: None, ..plan() }, backend);
+        for own in [POD, ALIAS, POD_V6] {
+            let said = pod.pod_asks(APP, port(own, 8080));
+            assert!(said.starts_with("inbound "), "{backend:?}, {own}: {said}");
+        }
+        assert!(pod.pod_asks(APP, port(POD, 9090)).starts_with("workload "));
+        assert!(pod.pod_asks(APP, port("127.0.0.1", 8080)).starts_with("workload "));
+        assert!(pod.pod_asks(APP, port(PEER, 8080)).starts_with("peer "));
+    }
+}
+
 /// Sends a datagram and waits for its echo; what the kernel says where it refuses.
 fn datagram(from: &UdpSocket, to: SocketAddr) -> std::io::Result<()> {
     from.set_read_timeout(Some(PATIENCE))?;
