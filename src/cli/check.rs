@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use super::{Outcome, Streams};
-use crate::config::schema::{Action, Config, Inbound, Plaintext, PolicyMode, Protocol};
+use crate::config::schema::{Action, Config, Inbound, Passthrough, Plaintext, PolicyMode, Protocol};
 use crate::config::{LoadOptions, check_files, load_with};
 
 /// Arguments of `check`.
@@ -75,6 +75,14 @@ fn meaning(config: &Config) -> Vec<String> {
     lines.extend(config.outbound.iter().map(|listener| {
         let expected: Vec<&str> = listener.expect.as_slice().iter().map(|id| id.as_str()).collect();
         let to: Vec<&str> = listener.to.as_slice().iter().map(String::as_str).collect();
+        let passes = match listener.passthrough {
+            Passthrough::Off => None,
+            Passthrough::Tls => Some("passes if the workload speaks TLS itself, which is watched"),
+            Passthrough::Any => Some("passes, in clear if the workload speaks no TLS"),
+        };
+        if let Some(passes) = passes {
+            return format!("outbound {}: {} → {passes}; no mTLS of ours", listener.name, listener.place());
+        }
         format!(
             "outbound {}: {} → mTLS → {}, which must be {}{}",
             listener.name,

@@ -126,6 +126,15 @@ fn check_says_what_a_config_means_and_what_is_wrong() {
     assert!(out.contains(&who), "each once, and who is denied some requests is not shut out: {out}");
 
     let dir = tempfile::tempdir().unwrap();
+    let clear = dir.path().join("clear.yaml");
+    let text = "identity: unix:///a\nintercept: { outbound: { unmatched: passthrough } }\noutbound:\n\
+                - { name: web, capture: { ports: [80, 443], sni: ['*.a.example'] }, passthrough: tls }\n";
+    std::fs::write(&clear, text).unwrap();
+    let (_, out, err) = portcullis(&["check", "--no-files", clear.to_str().unwrap()]);
+    let web = "outbound web: captured, ports 80, 443; sni *.a.example → passes if the workload speaks TLS itself, which is \
+               watched; no mTLS of ours\n";
+    assert!(out.contains(web) && err.contains("clear.yaml:2:37: warning: plaintext to wherever"), "{out}{err}");
+
     let bad = dir.path().join("bad.yaml");
     std::fs::write(&bad, "inbound: []\nthreads: 0\n").unwrap();
     let (code, out, err) = portcullis(&["check", bad.to_str().unwrap(), "--no-files", file.to_str().unwrap()]);

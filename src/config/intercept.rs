@@ -252,6 +252,31 @@ pub struct CapturedDestinations {
     pub sni: Vec<HostPattern>,
 }
 
+impl std::fmt::Display for CapturedDestinations {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let keys = [
+            ("addresses", shown(&self.addresses)),
+            ("names", shown(&self.names)),
+            ("ports", shown(&self.ports)),
+            ("http_hosts", shown(&self.http_hosts)),
+            ("sni", shown(&self.sni)),
+        ];
+        let keys: Vec<String> =
+            keys.into_iter().filter(|(_, of)| !of.is_empty()).map(|(key, of)| format!("{key} {of}")).collect();
+        f.write_str(&keys.join("; "))
+    }
+}
+
+/// The first few, and how many more.
+fn shown<T: std::fmt::Display>(of: &[T]) -> String {
+    const SHOWN: usize = 3;
+    let first: Vec<String> = of.iter().take(SHOWN).map(ToString::to_string).collect();
+    match of.len().saturating_sub(SHOWN) {
+        0 => first.join(", "),
+        more => format!("{} and {more} more", first.join(", ")),
+    }
+}
+
 impl CapturedDestinations {
     /// Whether only the first bytes tell if it matches.
     pub fn wants_bytes(&self) -> bool {

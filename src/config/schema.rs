@@ -334,7 +334,11 @@ impl Inbound {
 impl Outbound {
     /// Where it takes connections, in words.
     pub fn place(&self) -> String {
-        self.listen.clone().unwrap_or_else(|| "captured".into())
+        match (&self.listen, &self.capture) {
+            (Some(listen), _) => listen.clone(),
+            (None, Some(capture)) => format!("captured, {capture}"),
+            (None, None) => "nowhere".into(),
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use crate::config::address::Target;
 use crate::config::positions::{Place, at};
 use crate::config::schema::{
     CapturedPorts, Config, ForwardClientCert, Inbound, InboundMode, Intercept, Outbound, OutboundMode, Passthrough,
-    Plaintext, Protocol, ProxyProtocol, Span,
+    Plaintext, Protocol, ProxyProtocol, Span, Unmatched,
 };
 
 /// Entries of any list here: each is a rule that packets or connections are held against.
@@ -102,6 +102,11 @@ fn options(c: &mut Checker<'_>, intercept: &Intercept) {
         }
         if outbound.cgroup.is_some() && outbound.mode != OutboundMode::Ebpf {
             c.error(at!["intercept", "outbound", "cgroup"], "needs `mode: ebpf`");
+        }
+        if outbound.unmatched == Unmatched::Passthrough {
+            let what =
+                "plaintext to wherever no listener captures leaves this machine without mTLS; write `tls` or `refuse`";
+            c.warn(at!["intercept", "outbound", "unmatched"], what);
         }
         entries(c, "outbound", "skip_ports", outbound.skip_ports.len());
         entries(c, "outbound", "skip_destinations", outbound.skip_destinations.len());
