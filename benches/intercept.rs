@@ -407,7 +407,7 @@ fn main() {
     let pods: Vec<Pod> = (1..=6).map(|number| Pod::new(Ipv4Addr::new(10, 79, 0, number))).collect();
     pods.iter().enumerate().for_each(|(number, pod)| pod.join(&wire, number));
     let [tester, server, handed, client, programs, spare] = &pods[..] else { panic!("six pods") };
-    [server, handed].into_iter().for_each(Pod::serve);
+    [server, handed, spare].into_iter().for_each(Pod::serve);
 
     let inbound = |mode: &str| {
         format!(
@@ -419,8 +419,8 @@ fn main() {
         let to = SocketAddr::from((server.address, EXPLICIT));
         format!(
             "intercept: {{check_interval: 1h, outbound: {{mode: {mode}}}}}\noutbound:\n  - {{name: explicit, listen: '127.0.0.1:9001', \
-             to: '{to}', expect: '{SERVER}'}}\n  - {{name: captured, capture: {{addresses: ['{}']}}, expect: '{SERVER}'}}\n",
-            server.address
+             to: '{to}', expect: '{SERVER}'}}\n  - {{name: captured, capture: {{addresses: ['{}']}}, expect: '{SERVER}'}}\n  - {{name: passing, capture: {{addresses: ['{}']}}, passthrough: any}}\n",
+            server.address, spare.address
         )
     };
     let configs = [
@@ -434,7 +434,7 @@ fn main() {
     let applied: Vec<Duration> = (0..21)
         .map(|_| {
             let began = Instant::now();
-            redirect(spare, &configs[0], &[]);
+            redirect(&wire, &configs[0], &[]);
             began.elapsed()
         })
         .collect();
@@ -473,6 +473,11 @@ fn main() {
     }
     compare("outbound, a client that speaks plaintext, through both sidecars (beside explicit)", &modes);
     drop(modes);
+    // Without mTLS of ours: both plaintext, once as it is and once through the sidecar, by splice(2).
+    compare(
+        "outbound, pass-through of plaintext by one sidecar",
+        &[plaintext("REDIRECT", client, (spare.address, WORKLOAD).into(), &proxies[2])],
+    );
     acceleration(dir.path(), &ca, spare, server);
     if let Some(cgroup) = &cgroup {
         let mut remove = Command::new(PROGRAM);
