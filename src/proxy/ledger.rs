@@ -17,7 +17,7 @@ use crate::config::schema::Plaintext;
 const MOST_CALLERS: usize = 64;
 /// Ports that no listener names and that have a page of their own.
 const MOST_UNNAMED: usize = 64;
-/// A port is safe when nothing was let through for so long. Seconds: a day, so that nightly jobs have shown themselves.
+/// A port is safe when nobody spoke plaintext for so long. Seconds: a day, so that nightly jobs have shown themselves.
 const WINDOW: u64 = 24 * 3600;
 
 /// What became of a plaintext connection.
@@ -80,11 +80,11 @@ impl Tally {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Safe {
-    /// Nothing was let through for a day, or it is refused already.
+    /// Nobody spoke plaintext for a day, or it is refused already.
     Yes,
-    /// Nothing was let through, but it is watched for less than a day.
+    /// Nobody spoke plaintext, but it is watched for less than a day.
     SoFar,
-    /// Something was let through within a day.
+    /// Somebody spoke plaintext within a day: was let through, or was refused while the port was strict.
     No,
 }
 
@@ -96,6 +96,7 @@ struct Page {
     since: u64,
     all: Tally,
     last_let_through: Option<(u64, IpAddr)>,
+    last_refused: Option<(u64, IpAddr)>,
     callers: BTreeMap<IpAddr, Tally>,
     /// Of callers that have given way.
     others: Tally,
@@ -108,11 +109,12 @@ impl Page {
 
     fn note(&mut self, caller: IpAddr, fate: Fate, now: u64) {
         self.all.add(fate, now);
-        if fate != Fate::Refused {
-            self.last_let_through = Some((now, caller));
+        match fate {
+            Fate::Refused => self.last_refused = Some((now, caller)),
+            Fate::Allowed | Fate::Audited => self.last_let_through = Some((now, caller)),
         }
         if self.callers.len() >= MOST_CALLERS && !self.callers.contains_key(&caller) {
-            // Of those that were only refused first: they are in nobody's way.
+            // Of those that were only refused first: a crowd of them must not hide who is let through.
             let age = |tally: &Tally| (tally.let_through > 0, tally.last_seen);
             let least = self.callers.iter().min_by_key(|(_, tally)| age(tally)).map(|(address, _)| *address);
             if let Some(gone) = least.and_then(|address| self.callers.remove(&address)) {
@@ -126,6 +128,7 @@ impl Page {
         self.all.merge(&other.all);
         self.others.merge(&other.all);
         self.last_let_through = self.last_let_through.max(other.last_let_through);
+        self.last_refused = self.last_refused.max(other.last_refused);
     }
 }
 
@@ -269,22 +272,26 @@ impl Page {
 
     fn answer(&self, plaintext: Plaintext, now: u64) -> (Safe, String) {
         let ago = |at: u64| humantime::format_duration(rounded(now.saturating_sub(at)));
-        let recent = self.last_let_through.filter(|(at, _)| now.saturating_sub(*at) < WINDOW);
-        match (plaintext, recent, self.all.refused) {
-            (Plaintext::Refuse, _, 0) => (Safe::Yes, "strict already".into()),
-            (Plaintext::Refuse, _, refused) => (Safe::Yes, format!("strict already; {refused} refused")),
-            (_, Some((at, caller)), _) => {
-                let count = self.all.let_through;
-                (Safe::No, format!("no: {count} let through, the last one {} ago from {caller}", ago(at)))
-            }
-            (_, None, _) if now.saturating_sub(self.since) >= WINDOW => {
-                (Safe::Yes, "yes: nothing let through for 24 hours".into())
-            }
-            (_, None, _) => {
-                let what = "wait for whoever calls once a day";
-                (Safe::SoFar, format!("so far: nothing let through since it is watched, {}; {what}", ago(self.since)))
+        if plaintext == Plaintext::Refuse {
+            let refused = self.all.refused;
+            let counted = if refused == 0 { String::new() } else { format!("; {refused} refused") };
+            return (Safe::Yes, format!("strict already{counted}"));
+        }
+        // Who was refused while the port was strict would be refused again, so that counts like what was let through.
+        let seen = [
+            (self.last_let_through, self.all.let_through, "let through"),
+            (self.last_refused, self.all.refused, "refused"),
+        ];
+        for (last, count, what) in seen {
+            if let Some((at, caller)) = last.filter(|(at, _)| now.saturating_sub(*at) < WINDOW) {
+                return (Safe::No, format!("no: {count} {what}, the last one {} ago from {caller}", ago(at)));
             }
         }
+        if now.saturating_sub(self.since) >= WINDOW {
+            return (Safe::Yes, "yes: no plaintext connection for 24 hours".into());
+        }
+        let (since, what) = (ago(self.since), "wait for whoever calls once a day");
+        (Safe::SoFar, format!("so far: no plaintext connection since it is watched, {since}; {what}"))
     }
 }
 

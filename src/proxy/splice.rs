@@ -3,7 +3,8 @@
 //! In: two connected sockets, what was read ahead of each, deadlines. Out: how it ended. As in [`super::tcp`], half-close
 //! works both ways, and nothing is held while nothing moves: a pipe costs two descriptors, so a worker thread lends one
 //! when bytes come and takes it back once it is empty. Where no pipe of a useful size is to be had (descriptors, or the
-//! user's pages for pipes, pipe(7)), bytes are copied through a buffer of the thread instead.
+//! user's pages for pipes, pipe(7)), bytes are copied through a buffer of the thread instead. An urgent byte (tcp(7)) is
+//! dropped, as recv(2) drops it where it is not asked for, and what follows it is carried.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -12,6 +13,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
@@ -29,6 +32,8 @@ const SPARE: usize = 2;
 const WITHOUT: Duration = Duration::from_secs(1);
 /// What a thread lends to copy through, in bytes.
 const COPIED: usize = 64 * 1024;
+/// What is copied at once where splice(2) has nothing, in bytes: enough to get past an urgent mark.
+const PAST_MARK: usize = 512;
 /// Rounds of one direction before others get their turn.
 const ROUNDS: usize = 8;
 
@@ -192,19 +197,35 @@ impl Half {
 }
 
 /// Moves bytes into a pipe. Nothing: the end.
+///
+/// splice(2) does not pass the mark of an urgent byte: it says EAGAIN there, or that this is the end once the peer has
+/// sent its FIN, whatever is queued behind. recv(2) passes it, so neither is believed before that has said the same.
 fn spliced(pipe: Pipe, from: &TcpStream) -> io::Result<Held> {
-    let taken = from.try_io(Interest::READABLE, || {
-        splice(from, None, &pipe.into, None, pipe.size, SpliceFlags::MOVE | SpliceFlags::NONBLOCK)
-            .map_err(io::Error::from)
-    });
-    match taken {
-        Ok(count) if count > 0 => Ok(Held::Piped(pipe, count)),
-        // An empty one, so it may be lent again.
-        other => {
-            pipe.give_back();
-            other.map(|_| Held::Nothing)
+    let mut moved = 0;
+    // Both calls within one `try_io`: EAGAIN of the first alone must not take away that the socket is readable.
+    let copied = from.try_io(Interest::READABLE, || {
+        match splice(from, None, &pipe.into, None, pipe.size, SpliceFlags::MOVE | SpliceFlags::NONBLOCK) {
+            Ok(0) | Err(Errno::AGAIN) => past_mark(from),
+            Ok(count) => {
+                moved = count;
+                Ok(Held::Nothing)
+            }
+            Err(error) => Err(error.into()),
         }
+    });
+    if moved > 0 {
+        return Ok(Held::Piped(pipe, moved));
     }
+    // An empty one, so it may be lent again.
+    pipe.give_back();
+    copied
+}
+
+/// Copies what is behind an urgent mark, if there is one. Nothing: the end.
+fn past_mark(from: &TcpStream) -> io::Result<Held> {
+    let mut bytes = [0; PAST_MARK];
+    let (count, _) = recv(from, &mut bytes[..], RecvFlags::empty())?;
+    Ok(held(bytes.get(..count).unwrap_or_default()))
 }
 
 /// Copies bytes. Nothing: the end.
@@ -212,9 +233,12 @@ fn copied(from: &TcpStream) -> io::Result<Held> {
     BUFFER.with_borrow_mut(|buffer| {
         buffer.resize(COPIED, 0);
         let count = from.try_read(buffer)?;
-        let bytes = buffer.get(..count).unwrap_or_default();
-        Ok(if bytes.is_empty() { Held::Nothing } else { Held::Copied(bytes.to_vec(), 0) })
+        Ok(held(buffer.get(..count).unwrap_or_default()))
     })
+}
+
+fn held(bytes: &[u8]) -> Held {
+    if bytes.is_empty() { Held::Nothing } else { Held::Copied(bytes.to_vec(), 0) }
 }
 
 /// One end of what is forwarded.

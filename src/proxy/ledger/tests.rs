@@ -36,11 +36,44 @@ async fn a_port_is_safe_once_nothing_was_let_through_for_a_day() {
     clock.jump(WINDOW as i64);
     let (safe, why) = answer();
     assert!(safe == Safe::Yes && why.starts_with("yes"), "{why}");
-    // What is refused does not stand in the way.
-    ledger.note(80, address(2), Fate::Refused);
-    assert_eq!(answer().0, Safe::Yes);
-    let strict = &report(&ledger, Plaintext::Refuse)[0];
-    assert!(strict.safe_to_go_strict == Safe::Yes && strict.answer == "strict already; 1 refused", "{}", strict.answer);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_was_refused_within_a_day_stands_in_the_way_of_a_port_that_is_strict_no_longer() {
+    let (ledger, clock) = ledger();
+    ledger.declare(&[80].into(), false);
+    clock.jump(3 * WINDOW as i64);
+    for last in 1..=500 {
+        ledger.note(80, address(last), Fate::Refused);
+    }
+    let answer = |plaintext| {
+        let port = report(&ledger, plaintext).remove(0);
+        (port.safe_to_go_strict, port.answer)
+    };
+    assert_eq!(answer(Plaintext::Refuse), (Safe::Yes, "strict already; 500 refused".into()));
+    clock.jump(90);
+    ledger.declare(&[80].into(), false);
+    let (safe, why) = answer(Plaintext::Audit);
+    assert!(safe == Safe::No && why == "no: 500 refused, the last one 1m ago from 10.0.1.244", "{why}");
+    // Whom it would hurt now is told first.
+    ledger.note(80, address(1), Fate::Audited);
+    let (safe, why) = answer(Plaintext::Audit);
+    assert!(safe == Safe::No && why == "no: 1 let through, the last one 0s ago from 10.0.0.1", "{why}");
+    clock.jump(WINDOW as i64);
+    assert_eq!(answer(Plaintext::Audit), (Safe::Yes, "yes: no plaintext connection for 24 hours".into()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_was_refused_at_a_port_that_gave_way_stands_in_the_way_of_all_others() {
+    let (ledger, clock) = ledger();
+    ledger.declare(&[].into(), true);
+    clock.jump(3 * WINDOW as i64);
+    for port in 1000..1000 + MOST_UNNAMED as u16 {
+        ledger.note(port, address(1), Fate::Refused);
+    }
+    ledger.note(5432, address(2), Fate::Audited);
+    let rest = report(&ledger, Plaintext::Audit).pop().unwrap();
+    assert_eq!((rest.port, rest.safe_to_go_strict), (None, Safe::No), "{}", rest.answer);
 }
 
 #[tokio::test(start_paused = true)]

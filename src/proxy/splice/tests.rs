@@ -95,6 +95,68 @@ async fn without_pipes_it_is_copied() {
     assert!(PIPES.with_borrow(Vec::is_empty), "no pipe was made");
 }
 
+/// By pipes, and without any.
+fn each_way() -> [Option<Instant>; 2] {
+    [None, Some(Instant::now() + MINUTE)]
+}
+
+fn urgent(stream: &TcpStream) {
+    assert_eq!(socket2::SockRef::from(stream).send_out_of_band(b"!").unwrap(), 1);
+}
+
+#[tokio::test]
+async fn what_follows_an_urgent_byte_arrives_while_the_connection_is_open() {
+    for without in each_way() {
+        PIPES.set(Vec::new());
+        WITHOUT_UNTIL.set(without);
+        let ((mut client, inner_client), (mut server, inner_server)) = (pair().await, pair().await);
+        client.write_all(b"ab").await.unwrap();
+        urgent(&client);
+        client.write_all(b"cdef").await.unwrap();
+        let patient = deadlines(Duration::from_secs(5), MINUTE);
+        let (_registration, task) = forwarding((inner_client, b""), (inner_server, b""), patient);
+        let mut heard = [0; 6];
+        server.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, b"abcdef");
+        // At the head of what is queued, and last of it.
+        urgent(&client);
+        client.write_all(b"gh").await.unwrap();
+        server.read_exact(&mut heard[..2]).await.unwrap();
+        assert_eq!(&heard[..2], b"gh");
+        urgent(&client);
+        let last = pattern(1_000_000, 4);
+        let mut rest = vec![0; last.len()];
+        let (written, read) = tokio::join!(client.write_all(&last), server.read_exact(&mut rest));
+        written.unwrap();
+        read.unwrap();
+        assert!(rest == last);
+        drop((client, server));
+        let (end, sent, received) = task.await.unwrap();
+        assert_eq!((end.cause, sent, received), (Cause::Done, 8 + last.len() as u64, 0));
+        assert_eq!(PIPES.with_borrow(Vec::is_empty), without.is_some(), "what follows goes through pipes again");
+    }
+}
+
+#[tokio::test]
+async fn an_end_after_an_urgent_byte_is_passed_on_after_all_that_came_before_it() {
+    for (without, last) in each_way().into_iter().flat_map(|way| [(way, &b"cdef"[..]), (way, b"")]) {
+        PIPES.set(Vec::new());
+        WITHOUT_UNTIL.set(without);
+        let ((mut client, inner_client), (mut server, inner_server)) = (pair().await, pair().await);
+        client.write_all(b"ab").await.unwrap();
+        urgent(&client);
+        client.write_all(last).await.unwrap();
+        client.shutdown().await.unwrap();
+        let (_registration, task) = forwarding((inner_client, b""), (inner_server, b""), deadlines(MINUTE, MINUTE));
+        let mut heard = Vec::new();
+        server.read_to_end(&mut heard).await.unwrap();
+        assert_eq!(heard, [b"ab", last].concat());
+        drop(server);
+        let (end, sent, _) = task.await.unwrap();
+        assert_eq!((end.cause, sent), (Cause::Done, heard.len() as u64));
+    }
+}
+
 #[tokio::test]
 async fn nothing_is_held_while_nothing_moves() {
     let ((mut client, inner_client), (mut server, inner_server)) = (pair().await, pair().await);
