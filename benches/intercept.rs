@@ -412,14 +412,14 @@ fn main() {
     let inbound = |mode: &str| {
         format!(
             "intercept: {{check_interval: 1h, inbound: {{mode: {mode}}}}}\ninbound:\n  - {{name: explicit, listen: '0.0.0.0:{EXPLICIT}', \
-             to: '127.0.0.1:{WORKLOAD}', allow: ['{CLIENT}']}}\n  - {{name: captured, capture: [{WORKLOAD}], allow: ['{CLIENT}']}}\n"
+             to: '127.0.0.1:{WORKLOAD}', allow: ['{CLIENT}']}}\n  - {{name: taken, capture: [{WORKLOAD}], allow: ['{CLIENT}']}}\n"
         )
     };
     let outbound = |mode: &str| {
         let to = SocketAddr::from((server.address, EXPLICIT));
         format!(
             "intercept: {{check_interval: 1h, outbound: {{mode: {mode}}}}}\noutbound:\n  - {{name: explicit, listen: '127.0.0.1:9001', \
-             to: '{to}', expect: '{SERVER}'}}\n  - {{name: captured, capture: {{addresses: ['{}']}}, expect: '{SERVER}'}}\n  - {{name: passing, capture: {{addresses: ['{}']}}, passthrough: any}}\n",
+             to: '{to}', expect: '{SERVER}'}}\n  - {{name: taken, capture: {{addresses: ['{}']}}, expect: '{SERVER}'}}\n  - {{name: passing, capture: {{addresses: ['{}']}}, passthrough: any}}\n",
             server.address, spare.address
         )
     };

@@ -22,6 +22,7 @@ use crate::proxy::listener::{Address, Listener, Shared};
 use crate::proxy::passthrough::{Passed, Passing};
 use crate::proxy::record::Cause;
 use crate::proxy::registry::Entry;
+use crate::tls::record::Direction;
 
 /// How long the destination of a connection that no listener takes may take to accept.
 const DIAL: Duration = Duration::from_secs(3);
@@ -111,6 +112,14 @@ impl Captures {
         }
     }
 
+    /// Why a live connection that was captured ends, if its listener is no longer the one that takes it.
+    pub(super) fn moved(&self, entry: &Entry) -> Option<Cause> {
+        match entry.direction {
+            Direction::Inbound => self.inbound.as_ref().and_then(|capture| capture.moved(entry)),
+            Direction::Outbound => self.outbound.as_ref().and_then(|capture| capture.moved(entry)),
+        }
+    }
+
     /// Whether a live connection that passes through would still do so; the cause if not.
     pub(super) fn rejudge(&self, entry: &Entry, passed: &Passed) -> Option<Cause> {
         self.outbound.as_ref().and_then(|capture| capture.rejudge(entry, passed))
@@ -124,6 +133,11 @@ impl Captures {
     #[cfg(test)]
     pub(super) fn inbound(&self) -> Option<Arc<InboundCapture>> {
         self.inbound.clone()
+    }
+
+    #[cfg(test)]
+    pub(super) fn outbound(&self) -> Option<Arc<OutboundCapture>> {
+        self.outbound.clone()
     }
 
     /// What tells the captures to stop.

@@ -31,7 +31,7 @@ use crate::proxy::inherited::Inherited;
 use crate::proxy::ledger::Ledger;
 use crate::proxy::listener::{Address, Inbound, Listener, Outbound, Shared};
 use crate::proxy::record::{Cause, Observer};
-use crate::proxy::registry::{Known, Registry};
+use crate::proxy::registry::{Entry, Known, Registry};
 use crate::proxy::trace::Sampler;
 use crate::proxy::upstream::{HostPort, Target};
 use crate::tls::record::Direction;
@@ -86,6 +86,31 @@ struct House {
     inbound: BTreeMap<String, Running<Inbound>>,
     outbound: BTreeMap<String, Running<Outbound>>,
     captures: Captures,
+}
+
+impl House {
+    /// Why a live connection ends, if it does, and how many of its requests were ended if it does not.
+    fn rejudge(&self, entry: &Entry, known: &Known, clock: &Clock) -> (Option<Cause>, usize) {
+        let cause = match (entry.direction, known) {
+            (_, Known::Passing(passed)) => self.captures.rejudge(entry, passed),
+            (Direction::Inbound, _) => match self.inbound.get(&*entry.listener) {
+                Some(running) => {
+                    let state = running.listener.state.load();
+                    let cause = state.rejudge(entry, known, clock);
+                    if let (None, Known::Peer(peer)) = (cause, known) {
+                        return (None, state.rejudge_requests(entry, peer));
+                    }
+                    cause
+                }
+                None => Some(Cause::Drained),
+            },
+            (Direction::Outbound, _) => match self.outbound.get(&*entry.listener) {
+                Some(running) => running.listener.state.load().rejudge(entry, known, clock),
+                None => Some(Cause::Drained),
+            },
+        };
+        (cause, 0)
+    }
 }
 
 /// A proxy that runs.
@@ -369,23 +394,11 @@ impl Proxy {
             }
         }
         let mut requests = 0;
-        let ended = self.shared.registry.rejudge(|entry, known| match (entry.direction, known) {
-            (_, Known::Passing(passed)) => house.captures.rejudge(entry, passed),
-            (Direction::Inbound, _) => match house.inbound.get(&*entry.listener) {
-                Some(running) => {
-                    let state = running.listener.state.load();
-                    let cause = state.rejudge(entry, known, &self.shared.clock);
-                    if let (None, Known::Peer(peer)) = (cause, known) {
-                        requests += state.rejudge_requests(entry, peer);
-                    }
-                    cause
-                }
-                None => Some(Cause::Drained),
-            },
-            (Direction::Outbound, _) => match house.outbound.get(&*entry.listener) {
-                Some(running) => running.listener.state.load().rejudge(entry, known, &self.shared.clock),
-                None => Some(Cause::Drained),
-            },
+        let ended = self.shared.registry.rejudge(|entry, known| {
+            let (cause, ended) = known.map_or((None, 0), |known| house.rejudge(entry, known, &self.shared.clock));
+            requests += ended;
+            // Also of those whose peer is not known yet, or never will be: requests of a workload, a wait for an identity.
+            cause.or_else(|| house.captures.moved(entry))
         });
         if ended > 0 || requests > 0 {
             tracing::info!(ended, requests, "live connections and requests were judged again and ended");

@@ -24,3 +24,7 @@ pub use files::check_files;
 pub use load::{ConfigErrors, Finding, LoadOptions, Loaded, load, load_with, parse, parse_with};
 pub use schema::Config;
 pub use watch::Watcher;
+
+/// What stands in place of a listener's name in records of captured connections that no listener takes. No listener may
+/// have it.
+pub const CAPTURED: &str = "captured";

@@ -23,12 +23,13 @@ use super::dialer::Towards;
 use super::io::Plain;
 use super::listener::{Accepted, Client, Inbound, Listener, Shared, accept_loop};
 use super::record::{Carries, Cause};
+use super::registry::Entry;
 use crate::config::schema::{CapturedPorts, InboundMode, Protocol};
 use crate::intercept::{Arrivals, original_destination};
 use crate::tls::record::Direction;
 
 /// The name of a capture in records of connections that no listener takes.
-const NAME: &str = "captured";
+const NAME: &str = crate::config::CAPTURED;
 
 /// What is captured on its way to the workload.
 #[derive(Debug)]
@@ -91,6 +92,14 @@ impl InboundCapture {
         ports.named.get(&port).or(ports.any.as_ref()).cloned()
     }
 
+    /// Why a live connection ends, if its port is another listener's by now.
+    pub fn moved(&self, entry: &Entry) -> Option<Cause> {
+        let to = entry.client.original()?;
+        let stays =
+            *entry.listener == *NAME || self.listener(to.port()).is_some_and(|taking| taking.name == entry.listener);
+        (!stays).then_some(Cause::PolicyChanged)
+    }
+
     fn awaited(&self, accepted: &Accepted, original: SocketAddr) -> bool {
         accepted.client.address().is_some_and(|from| self.probes.arrived(from, original))
     }
@@ -125,7 +134,7 @@ impl InboundCapture {
             return refuse(accepted, Direction::Inbound, Cause::Loop, LOOP.into(), &shared);
         }
         match self.listener(original.port()) {
-            Some(listener) => super::inbound::serve(accepted, listener, shared).await,
+            Some(listener) => super::inbound::serve_captured(accepted, listener, self, shared).await,
             None => {
                 let why = format!("no listener captures port {}", original.port());
                 refuse(accepted, Direction::Inbound, Cause::Undeclared, why, &shared);

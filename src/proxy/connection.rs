@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::capture::First;
 use super::listener::{Client, Shared};
 use super::passthrough::Passed;
 use super::record::{Carries, Cause, ConnectionRecord, Watched};
@@ -91,6 +92,11 @@ impl Connection {
 
     pub(super) fn set_unproven(&mut self) {
         self.registration.set_unproven();
+    }
+
+    /// Keeps the words by which its listener was picked, where they were asked.
+    pub(super) fn set_heard(&mut self, first: Option<First>) {
+        self.registration.set_heard(first);
     }
 
     pub(super) fn set_passing(&mut self, passed: &Arc<Passed>) {

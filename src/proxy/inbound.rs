@@ -8,6 +8,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 
+use super::capture::InboundCapture;
 use super::connection::{Connection, deadlines};
 use super::detect::{Detected, Outcome, Prefixed, read_until_detected};
 use super::hold;
@@ -78,11 +79,33 @@ enum Opened {
 }
 
 pub(super) async fn serve(accepted: Accepted, listener: Arc<Inbound>, shared: Arc<Shared>) {
+    let connection = opened(&accepted, &listener, &shared);
+    serve_opened(connection, accepted, listener, shared).await;
+}
+
+/// Serves a captured connection that the listener takes.
+pub(super) async fn serve_captured(
+    accepted: Accepted,
+    listener: Arc<Inbound>,
+    capture: &InboundCapture,
+    shared: Arc<Shared>,
+) {
+    let mut connection = opened(&accepted, &listener, &shared);
+    // Registered first and asked again then: whoever moves the port later finds it.
+    if let Some(cause) = capture.moved(connection.entry()) {
+        connection.end(cause, "changed meanwhile");
+        return accepted.io.abort();
+    }
+    serve_opened(connection, accepted, listener, shared).await;
+}
+
+fn opened(accepted: &Accepted, listener: &Inbound, shared: &Arc<Shared>) -> Connection {
+    let carries = listener.state.load().protocol.into();
+    Connection::open(shared, Direction::Inbound, carries, &listener.name, accepted.client)
+}
+
+async fn serve_opened(mut connection: Connection, accepted: Accepted, listener: Arc<Inbound>, shared: Arc<Shared>) {
     let Accepted { io, client, at, _place } = accepted;
-    let mut connection = {
-        let carries = listener.state.load().protocol.into();
-        Connection::open(&shared, Direction::Inbound, carries, &listener.name, client)
-    };
     let entry = Arc::clone(connection.entry());
     // The handshake's state is large and short-lived: in a box it is gone when the long part begins.
     let opening = Box::pin(open(&mut connection, client, io, at, &listener, &shared));

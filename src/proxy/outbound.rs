@@ -39,13 +39,18 @@ pub(super) async fn serve_captured(
     capture: Arc<OutboundCapture>,
     shared: Arc<Shared>,
 ) {
-    let connection = opened(&accepted, &listener, &shared);
+    let mut connection = opened(&accepted, &listener, &shared);
+    connection.set_heard(first);
+    if let Some(cause) = capture.moved(connection.entry()) {
+        connection.end(cause, "changed meanwhile");
+        return accepted.io.abort();
+    }
     let plain = Prefixed::with(ahead, accepted.io);
     let passing = listener.state.load().passing.clone();
     match passing {
         Some(passing) => {
             let still = move |entry: &Entry, passed: &Passed| capture.rejudge(entry, passed);
-            passthrough::serve(connection, plain, first, passing, still, shared).await;
+            passthrough::serve(connection, plain, passing, still, shared).await;
         }
         None => mesh(connection, plain, accepted.at, listener, shared).await,
     }

@@ -14,7 +14,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
-use super::capture::First;
 use super::connection::{Connection, lone_deadlines};
 use super::detect::{Detected, Prefixed, detect};
 use super::dialer::{Dial, Dialer, Dialled};
@@ -52,10 +51,8 @@ pub struct Passing {
 }
 
 /// What is known of a connection that passes, to judge it again.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Passed {
-    /// What its first bytes said, where they were asked.
-    pub(super) first: Option<First>,
     speaks_tls: OnceLock<bool>,
     picked: OnceLock<Picked>,
 }
@@ -124,13 +121,12 @@ type End = (Cause, String);
 pub(super) async fn serve(
     mut connection: Connection,
     plain: Prefixed<Plain>,
-    first: Option<First>,
     passing: Arc<Passing>,
     still: impl Fn(&Entry, &Passed) -> Option<Cause> + Send + Sync,
     shared: Arc<Shared>,
 ) {
     let entry = Arc::clone(connection.entry());
-    let passed = Arc::new(Passed { first, speaks_tls: OnceLock::new(), picked: OnceLock::new() });
+    let passed = Arc::new(Passed::default());
     let (ahead, plain) = plain.into_parts();
     let (Plain::Tcp(io), Some(to)) = (plain, entry.client.original()) else {
         connection.end(Cause::NotCaptured, "only captured TCP passes through");
@@ -186,10 +182,18 @@ async fn open(
     }
     // Written down first and judged then, so that no change slips between.
     connection.set_passing(passed);
-    let outcome = match still(connection.entry(), passed) {
-        Some(cause) => Err((cause, "changed meanwhile".to_owned())),
+    let outcome = match changed(connection, passed, still) {
+        Some(end) => Err(end),
         None => connect(connection, admitted.subject_mut(), to, passed, passing, shared).await,
     };
+    // Again, by what was seen meanwhile.
+    let outcome = outcome.and_then(|server| match changed(connection, passed, still) {
+        Some(end) => {
+            abort(&server.io);
+            Err(end)
+        }
+        None => Ok(server),
+    });
     match outcome {
         Ok(server) => Some((admitted, server)),
         Err((cause, detail)) => {
@@ -200,6 +204,15 @@ async fn open(
             None
         }
     }
+}
+
+/// Why it ends, if by what is declared now it no longer passes.
+fn changed(
+    connection: &Connection,
+    passed: &Passed,
+    still: &(impl Fn(&Entry, &Passed) -> Option<Cause> + Send + Sync),
+) -> Option<End> {
+    still(connection.entry(), passed).map(|cause| (cause, "changed meanwhile".to_owned()))
 }
 
 /// Whether a client begins to speak TLS within that time.

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use atomic_waker::AtomicWaker;
 
+use super::capture::First;
 use super::http::live::Requests;
 use super::passthrough::Passed;
 use super::record::Cause;
@@ -44,6 +45,8 @@ pub struct Entry {
     /// When.
     pub opened: Instant,
     known: OnceLock<Known>,
+    /// What it was picked by, once it was: the client's first words, where they were asked.
+    heard: OnceLock<Option<First>>,
     /// 0, or one more than the index of the cause in [`Cause::ALL`].
     stop: AtomicU8,
     /// Whether it is to end as soon as what is under way on it has ended.
@@ -61,6 +64,11 @@ impl Entry {
             Known::Peer(peer) => Some(peer),
             Known::Unproven | Known::Passing(_) => None,
         }
+    }
+
+    /// The client's first words, by which its listener was picked; none before it was.
+    pub(super) fn heard(&self) -> Option<Option<&First>> {
+        self.heard.get().map(Option::as_ref)
     }
 
     /// Whether it is plaintext that was let through, of whoever it is.
@@ -181,6 +189,7 @@ impl Registry {
             client,
             opened: Instant::now(),
             known: OnceLock::new(),
+            heard: OnceLock::new(),
             stop: AtomicU8::new(0),
             draining: AtomicBool::new(self.draining.load(Ordering::SeqCst)),
             http: AtomicBool::new(false),
@@ -232,12 +241,12 @@ impl Registry {
         }
     }
 
-    /// Judges every open connection of which it is known who is there, and tells those to end for which `judge` gives a
+    /// Judges every open connection, with who is there if that is known, and tells those to end for which `judge` gives a
     /// cause. Answers how many those were.
-    pub fn rejudge(&self, mut judge: impl FnMut(&Entry, &Known) -> Option<Cause>) -> usize {
+    pub fn rejudge(&self, mut judge: impl FnMut(&Entry, Option<&Known>) -> Option<Cause>) -> usize {
         let mut ended = 0;
         for entry in self.snapshot(usize::MAX) {
-            if let Some(cause) = entry.known.get().and_then(|known| judge(&entry, known)) {
+            if let Some(cause) = judge(&entry, entry.known.get()) {
                 entry.stop(cause);
                 ended += 1;
             }
@@ -312,6 +321,11 @@ impl Registration {
     pub fn set_unproven(&self) {
         // Once it is known who is there, that stays.
         let _ = self.entry.known.set(Known::Unproven);
+    }
+
+    /// Writes down what a captured connection was picked by.
+    pub(super) fn set_heard(&self, first: Option<First>) {
+        let _ = self.entry.heard.set(first);
     }
 
     /// Writes down that it passes through.

@@ -1,4 +1,5 @@
-//! Captured inbound connections, handed over as the rules would: held without an identity, plaintext, loops.
+//! Captured connections, handed over as the rules would: held without an identity, plaintext, loops, and what becomes of them
+//! when another listener takes them.
 
 use super::*;
 use crate::config::schema::{CapturedPorts, Plaintext, PolicyMode};
@@ -77,6 +78,61 @@ async fn capture(node: &Node, to: Option<SocketAddr>) -> SocketAddr {
         }
     });
     front
+}
+
+/// The same for what was captured on its way from the workload.
+async fn capture_outbound(node: &Node, to: SocketAddr) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let front = listener.local_addr().unwrap();
+    let capture = node.proxy.house().captures.outbound().unwrap();
+    let shared = Arc::clone(&node.proxy.shared);
+    tokio::spawn(async move {
+        while let Ok((stream, from)) = listener.accept().await {
+            let accepted = Accepted::on_its_way(stream, from, to, &shared);
+            tokio::spawn(Arc::clone(&capture).take(accepted, to, Arc::clone(&shared)));
+        }
+    });
+    front
+}
+
+/// A client's proxy that captures.
+struct Outgoing {
+    ca: TestCa,
+    time: Arc<SteppedClock>,
+    client: Node,
+    rest: String,
+}
+
+impl Outgoing {
+    /// `listeners` are those of the config, `unmatched` is part of `intercept.outbound`.
+    async fn start(listeners: &str, unmatched: &str) -> Self {
+        let (ca, time) = (TestCa::new("a.example"), SteppedClock::starting_at(NOW));
+        let svid = ca.issue(&Spec::leaf(A).valid(NOW - 10, NOW + 300));
+        let port = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+        let rest = format!("intercept: {{ outbound: {{ port: {port}, {unmatched} }} }}\n");
+        let client = Node::start(&config(listeners, &rest), Some(identity(&svid, &[&ca], 1)), &time);
+        Self { ca, time, client, rest }
+    }
+
+    /// The listeners from now on.
+    fn declare(&self, listeners: &str) {
+        self.client.proxy.apply(config_of(&config(listeners, &self.rest))).unwrap();
+    }
+
+    /// A mesh peer in front of an echo server.
+    async fn peer(&self) -> (Node, SocketAddr) {
+        let svid = self.ca.issue(&Spec::leaf(B).valid(NOW - 10, NOW + 300));
+        let to = echo().await;
+        let config = format!("inbound:\n  - {{name: in, listen: '127.0.0.1:0', to: '{to}', allow: ['{A}']}}\n");
+        let node = Node::start(&config, Some(identity(&svid, &[&self.ca], 1)), &self.time);
+        let address = node.address("in");
+        (node, address)
+    }
+}
+
+fn config(listeners: &str, rest: &str) -> String {
+    let elsewhere = "  - {name: elsewhere, capture: {ports: [1]}, passthrough: any}";
+    format!("outbound:\n{listeners}{elsewhere}\n{rest}")
 }
 
 #[tokio::test]
@@ -241,4 +297,163 @@ async fn a_connection_of_our_own_that_comes_back_is_refused_and_not_dialled_agai
     let causes = [captured.server.ended().await.cause, captured.server.ended().await.cause];
     assert_eq!(causes, [Cause::Loop, Cause::Reset], "one came back, and with it the one that was dialled for ended");
     captured.open(0).await;
+}
+
+#[tokio::test]
+async fn a_port_that_another_listener_takes_ends_what_is_open_to_it_and_no_more() {
+    let captured = Captured::start(", plaintext: allow, protocol: detect", "", true, None).await;
+    let peer = captured.peer();
+    let mut plain = captured.plain().await;
+    exchange(&mut plain, b"no TLS\n").await;
+    let mut mesh = TcpStream::connect(peer.address("out")).await.unwrap();
+    exchange(&mut mesh, b"opaque\0").await;
+    let other = echo().await;
+    let mut stays = TcpStream::connect(capture(&captured.server, Some(other)).await).await.unwrap();
+    exchange(&mut stays, b"no TLS\n").await;
+    let mut config = captured.server.proxy.config();
+    let mut strict = config.inbound[0].clone();
+    strict.name = "strict".into();
+    strict.plaintext = Plaintext::Refuse;
+    strict.capture = Some(CapturedPorts::Ports(vec![captured.workload.port()]));
+    config.inbound.push(strict);
+    captured.server.proxy.apply(config).unwrap();
+    for _ in 0..2 {
+        let record = captured.server.ended().await;
+        assert_eq!((record.cause, &*record.listener), (Cause::PolicyChanged, "in"));
+    }
+    assert!(rest_is_cut(&mut plain).await && rest_is_cut(&mut mesh).await);
+    exchange(&mut stays, b"still").await;
+    captured.open(1).await;
+}
+
+#[tokio::test]
+async fn who_waits_for_an_identity_waits_no_longer_once_another_listener_takes_its_port() {
+    let captured = Captured::start("", "", false, None).await;
+    let mut stream = captured.plain().await;
+    captured.open(1).await;
+    let mut config = captured.server.proxy.config();
+    let mut other = config.inbound[0].clone();
+    other.name = "other".into();
+    other.capture = Some(CapturedPorts::Ports(vec![captured.workload.port()]));
+    config.inbound.push(other);
+    captured.server.proxy.apply(config).unwrap();
+    assert_eq!(captured.server.ended().await.cause, Cause::PolicyChanged);
+    assert!(rest(&mut stream).await.is_ok_and(|rest| rest.is_empty()) || rest_is_cut(&mut stream).await);
+}
+
+#[tokio::test]
+async fn plaintext_that_passes_ends_when_a_listener_before_its_own_takes_it() {
+    let to = echo().await;
+    let passes = "  - {name: ext, capture: {addresses: [127.0.0.0/8]}, passthrough: any}\n";
+    let outgoing = Outgoing::start(passes, "unmatched: refuse").await;
+    let mut stream = TcpStream::connect(capture_outbound(&outgoing.client, to).await).await.unwrap();
+    exchange(&mut stream, b"no TLS").await;
+    let elsewhere =
+        "  - {name: ledger, capture: {addresses: [127.0.0.1], ports: [9]}, expect: 'spiffe://a.example/x'}\n";
+    outgoing.declare(&format!("{elsewhere}{passes}"));
+    exchange(&mut stream, b"still").await;
+    outgoing.declare(&format!("{}{passes}", elsewhere.replace(", ports: [9]", "")));
+    let record = outgoing.client.ended().await;
+    assert_eq!((record.cause, &*record.listener), (Cause::PolicyChanged, "ext"));
+    assert!(rest_is_cut(&mut stream).await);
+}
+
+#[tokio::test]
+async fn mtls_ends_when_another_listener_takes_where_it_was_for() {
+    for (protocol, said) in [("tcp", &b"bytes"[..]), ("detect", b"opaque\0")] {
+        let first = format!(
+            "  - {{name: first, capture: {{addresses: [127.0.0.0/8]}}, protocol: {protocol}, expect: '{B}'}}\n"
+        );
+        let outgoing = Outgoing::start(&first, "unmatched: refuse").await;
+        let (_peer, to) = outgoing.peer().await;
+        let mut stream = TcpStream::connect(capture_outbound(&outgoing.client, to).await).await.unwrap();
+        exchange(&mut stream, said).await;
+        outgoing.declare(&first);
+        exchange(&mut stream, b"still").await;
+        let other = first.replace("first", "other").replace(B, "spiffe://a.example/x");
+        outgoing.declare(&format!("{other}{first}"));
+        let record = outgoing.client.ended().await;
+        assert_eq!((record.cause, &*record.listener), (Cause::PolicyChanged, "first"));
+        assert!(rest_is_cut(&mut stream).await);
+    }
+}
+
+#[tokio::test]
+async fn a_workloads_kept_http_connection_ends_when_another_listener_takes_it() {
+    let first = format!("  - {{name: first, capture: {{addresses: [127.0.0.0/8]}}, protocol: http, expect: '{B}'}}\n");
+    let outgoing = Outgoing::start(&first, "unmatched: refuse").await;
+    let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let mut stream = TcpStream::connect(capture_outbound(&outgoing.client, closed).await).await.unwrap();
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    let mut status = [0; 12];
+    stream.read_exact(&mut status).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 503");
+    outgoing.declare(&format!("{}{first}", first.replace("first", "other")));
+    loop {
+        let record = outgoing.client.ended().await;
+        if record.client != "pool" {
+            assert_eq!((record.cause, &*record.listener), (Cause::PolicyChanged, "first"));
+            break;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_listener_that_went_while_the_client_was_heard_takes_nothing() {
+    let first = format!("  - {{name: hosts, capture: {{http_hosts: [a.example]}}, protocol: http, expect: '{B}'}}\n");
+    let outgoing = Outgoing::start(&first, "unmatched: refuse").await;
+    let mut stream = TcpStream::connect(capture_outbound(&outgoing.client, echo().await).await).await.unwrap();
+    while outgoing.client.proxy.registry().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    outgoing.declare("");
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: a.example\r\n\r\n").await.unwrap();
+    assert!(rest_is_cut(&mut stream).await);
+    let record = outgoing.client.ended().await;
+    assert_eq!((record.cause, &*record.listener), (Cause::PolicyChanged, "captured"));
+}
+
+#[tokio::test]
+async fn a_watch_that_is_tightened_during_a_handshake_sees_its_end() {
+    let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let outgoing = Outgoing::start("", "unmatched: tls, watch: audit").await;
+    let front = capture_outbound(&outgoing.client, server.local_addr().unwrap()).await;
+    let mut client = TcpStream::connect(front).await.unwrap();
+    client.write_all(&CLIENT_HELLO).await.unwrap();
+    let (mut server, _) = server.accept().await.unwrap();
+    let mut hello = [0; CLIENT_HELLO.len()];
+    server.read_exact(&mut hello).await.unwrap();
+    let mut config = outgoing.client.proxy.config();
+    config.intercept.as_mut().unwrap().outbound.as_mut().unwrap().watch = PolicyMode::Enforce;
+    outgoing.client.proxy.apply(config).unwrap();
+    server.write_all(&weak_server_hello()).await.unwrap();
+    assert_eq!(outgoing.client.ended().await.cause, Cause::PolicyChanged);
+    assert!(rest_is_cut(&mut client).await && rest_is_cut(&mut server).await);
+}
+
+/// The first message of TLS 1.2 of a client, RFC 5246, section 7.4.1.2: no session, one cipher, no extension.
+const CLIENT_HELLO: [u8; 50] = {
+    let mut hello = [7; 50];
+    let head = [22, 3, 1, 0, 45, 1, 0, 0, 41, 3, 3];
+    let mut at = 0;
+    while at < head.len() {
+        hello[at] = head[at];
+        at += 1;
+    }
+    let tail = [0, 0, 2, 0, 0x9c, 1, 0];
+    let mut at = 0;
+    while at < tail.len() {
+        hello[43 + at] = tail[at];
+        at += 1;
+    }
+    hello
+};
+
+/// The answer of a server that picks TLS 1.2 without a key exchange, and the end of its first flight.
+fn weak_server_hello() -> Vec<u8> {
+    let mut flight = vec![22, 3, 3, 0, 42, 2, 0, 0, 38, 3, 3];
+    flight.extend([7; 32]);
+    flight.extend([0, 0, 0x9c, 0]);
+    flight.extend([22, 3, 3, 0, 4, 14, 0, 0, 0]);
+    flight
 }

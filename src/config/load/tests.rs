@@ -471,3 +471,14 @@ fn where_spans_go_is_judged_before_any_is_sent() {
         (0.1, Span::seconds(5), 2048, 512)
     );
 }
+
+#[test]
+fn no_listener_may_be_called_what_stands_for_none() {
+    for listener in [
+        "inbound:\n  - {name: captured, listen: '127.0.0.1:1', to: '127.0.0.1:2'}\n",
+        "outbound:\n  - {name: captured, listen: '127.0.0.1:1', to: '127.0.0.1:2', expect: spiffe://td/a}\n",
+    ] {
+        let told = errors(&format!("identity: unix:///run/x.sock\n{listener}"));
+        assert!(told.contains("the name 'captured' stands in records for captured connections"), "{told}");
+    }
+}

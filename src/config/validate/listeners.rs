@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::{Checker, name_problem};
+use crate::config::CAPTURED;
 use crate::config::address::Target;
 use crate::config::positions::{Step, at};
 use crate::config::schema::{Config, Passthrough};
@@ -54,6 +55,10 @@ fn names(c: &mut Checker<'_>, config: &Config) {
         let at = at![section, index, "name"];
         if let Some(problem) = name_problem(name) {
             c.error(at, problem);
+        } else if name == CAPTURED {
+            let what =
+                "the name 'captured' stands in records for captured connections that no listener takes; choose another";
+            c.error(at, what);
         } else if let Some(place) = seen.get(name) {
             let crate::config::load::Place { line, .. } = place;
             c.error(at, format!("the name '{name}' is taken by the listener on line {line}; choose another"));

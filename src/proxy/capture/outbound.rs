@@ -110,25 +110,43 @@ fn wants<'a>(all: impl Iterator<Item = &'a Keys>, to: SocketAddr) -> Wants {
 }
 
 impl Declared {
+    /// Which of the client's words decide who takes it.
+    fn wants(&self, to: SocketAddr) -> Wants {
+        if self.terms.detect.opaque_ports.contains(&to.port()) {
+            // The server speaks first there: nothing of the client decides.
+            return Wants::default();
+        }
+        wants(self.listeners.iter().map(|taking| &taking.keys), to)
+    }
+
     fn listener(&self, to: SocketAddr, first: Option<&First>) -> Option<&Arc<Outbound>> {
         self.listeners.iter().find(|taking| taking.keys.take(to, first)).map(|taking| &taking.listener)
     }
 
-    /// Whether a live connection that passes through would still do so; the cause if not. That a name has other addresses
-    /// by now ends nothing.
+    /// Why a live connection ends, if its listener is no longer the first that takes it. That a name of its listener has
+    /// other addresses by now ends nothing.
+    fn moved(&self, entry: &Entry) -> Option<Cause> {
+        // Of which nothing is written down, that was not picked yet: it will be asked for then.
+        let (to, first) = (entry.client.original()?, entry.heard()?);
+        let is_its = |taking: &Taking| taking.listener.name == entry.listener;
+        let taken = self.listeners.iter().find(|taking| {
+            let keys = &taking.keys;
+            keys.take(to, first) || (is_its(taking) && keys.hold_for(to) && keys.are_said(first))
+        });
+        let stays = taken.map_or(*entry.listener == *NAME, is_its);
+        (!stays).then_some(Cause::PolicyChanged)
+    }
+
+    /// Whether a live connection that passes through would still do so; the cause if not.
     fn rejudge(&self, entry: &Entry, passed: &Passed) -> Option<Cause> {
-        let to = entry.client.original()?;
-        let first = passed.first.as_ref();
         let passes = if *entry.listener == *NAME {
-            self.listener(to, first).is_none() && passed.passes(&self.terms.unmatched)
+            passed.passes(&self.terms.unmatched)
         } else {
             let taking = self.listeners.iter().find(|taking| taking.listener.name == entry.listener);
-            taking.is_some_and(|Taking { keys, listener }| {
-                let passing = listener.state.load().passing.clone();
-                keys.hold_for(to) && keys.are_said(first) && passing.is_some_and(|passing| passed.passes(&passing))
-            })
+            let passing = taking.and_then(|taking| taking.listener.state.load().passing.clone());
+            passing.is_some_and(|passing| passed.passes(&passing))
         };
-        (!passes).then_some(Cause::PolicyChanged)
+        self.moved(entry).or((!passes).then_some(Cause::PolicyChanged))
     }
 }
 
@@ -145,6 +163,11 @@ impl OutboundCapture {
         let taking = |(written, listener)| Taking { keys: Keys::new(written, &known), listener };
         let listeners = listeners.into_iter().map(taking).collect();
         self.declared.store(Some(Arc::new(Declared { listeners, terms })));
+    }
+
+    /// Why a live connection ends, if its listener is no longer the one that takes it.
+    pub fn moved(&self, entry: &Entry) -> Option<Cause> {
+        self.declared.load().as_ref().and_then(|declared| declared.moved(entry))
     }
 
     /// Whether a live connection that passes through would still do so; the cause if not.
@@ -173,25 +196,31 @@ impl OutboundCapture {
     }
 
     async fn serve(self: Arc<Self>, accepted: Accepted, shared: Arc<Shared>) {
-        let original = match self.own.original(&accepted, InboundMode::Redirect) {
-            Ok(original) => original,
-            Err(why) => return refuse(accepted, Direction::Outbound, Cause::NotCaptured, why, &shared),
-        };
-        let mut accepted = accepted.captured(original);
+        match self.own.original(&accepted, InboundMode::Redirect) {
+            Err(why) => refuse(accepted, Direction::Outbound, Cause::NotCaptured, why, &shared),
+            Ok(original) => self.take(accepted.captured(original), original, shared).await,
+        }
+    }
+
+    /// Serves what was captured on its way to `original`.
+    pub(crate) async fn take(self: Arc<Self>, mut accepted: Accepted, original: SocketAddr, shared: Arc<Shared>) {
         if ours(&accepted, &shared).is_some() {
             return refuse(accepted, Direction::Outbound, Cause::Loop, LOOP.into(), &shared);
         }
-        let Some(declared) = self.declared.load_full() else {
+        let Some(mut declared) = self.declared.load_full() else {
             return refuse(accepted, Direction::Outbound, Cause::Undeclared, "nothing is declared yet".into(), &shared);
         };
-        let mut wants = wants(declared.listeners.iter().map(|taking| &taking.keys), original);
-        if declared.terms.detect.opaque_ports.contains(&original.port()) {
-            // The server speaks first there: nothing of the client decides.
-            wants = Wants::default();
-        }
+        let wants = declared.wants(original);
         let (first, ahead) = if wants.any() {
             match self.hear(&mut accepted, wants, &declared.terms, &shared).await {
-                Ok((first, ahead)) => (Some(first), ahead),
+                Ok((first, ahead)) => {
+                    declared = self.declared.load_full().unwrap_or(declared);
+                    if declared.wants(original) != wants {
+                        let why = "other words decide by now than those that it was asked for".into();
+                        return refuse(accepted, Direction::Outbound, Cause::PolicyChanged, why, &shared);
+                    }
+                    (Some(first), ahead)
+                }
                 Err(why) => return refuse(accepted, Direction::Outbound, Cause::Reset, why, &shared),
             }
         } else {
@@ -235,6 +264,7 @@ impl OutboundCapture {
     ) {
         let mut connection =
             Connection::open(&shared, Direction::Outbound, Carries::Tcp, &NAME.into(), accepted.client);
+        connection.set_heard(first);
         let passing = Arc::clone(&declared.terms.unmatched);
         drop(declared);
         if passing.passage.passes() == Passthrough::Off {
@@ -250,7 +280,7 @@ impl OutboundCapture {
         }
         let plain = Prefixed::with(ahead, accepted.io);
         let still = move |entry: &Entry, passed: &Passed| self.rejudge(entry, passed);
-        passthrough::serve(connection, plain, first, passing, still, shared).await;
+        passthrough::serve(connection, plain, passing, still, shared).await;
     }
 }
 
