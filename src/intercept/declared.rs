@@ -32,10 +32,9 @@ impl Plan {
             },
             skip_ports: {
                 let mut ports = inbound.skip_ports.clone();
-                ports.extend(config.inbound.iter().filter_map(|listener| listener.listen).map(|listen| listen.port()));
-                if !config.admin.listen.ip().to_canonical().is_loopback() {
-                    ports.push(config.admin.listen.port());
-                }
+                // What listens on loopback cannot be reached from elsewhere, and its port at other addresses is not ours.
+                let own = config.inbound.iter().filter_map(|listener| listener.listen).chain([config.admin.listen]);
+                ports.extend(own.filter(|own| !own.ip().to_canonical().is_loopback()).map(|own| own.port()));
                 ports.sort_unstable();
                 ports.dedup();
                 ports
@@ -112,7 +111,11 @@ mod tests {
         let text = "identity: unix:///a\nadmin: { listen: '0.0.0.0:9902' }\n\
                     intercept: { inbound: { skip_ports: [22, 8443] }, udp: refuse }\n\
                     inbound: [{ name: a, listen: '0.0.0.0:8443', to: '127.0.0.1:1', allow: ['spiffe://td'] },\n\
-                              { name: b, capture: any, allow: ['spiffe://td'] }]";
+                              { name: b, capture: any, allow: ['spiffe://td'] },\
+                              { name: c, listen: '127.0.0.1:8080', to: '127.0.0.1:1', allow: ['spiffe://td'] },\
+                              { name: d, listen: '[::1]:8081', to: '127.0.0.1:1', allow: ['spiffe://td'] },\
+                              { name: e, listen: '[::ffff:127.0.0.2]:8082', to: '127.0.0.1:1', \
+                                allow: ['spiffe://td'] }]";
         let config = crate::config::parse(text, "f.yaml").unwrap().config;
         let plan = Plan::declared(&config, &["192.0.2.53".parse().unwrap()]).unwrap();
         assert_eq!(plan.inbound.unwrap().skip_ports, [22, 8443, 9902]);
