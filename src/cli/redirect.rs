@@ -14,8 +14,8 @@ use clap::ValueEnum;
 
 use super::{Failure, Outcome, Streams};
 use crate::config::{Config, load};
-use crate::intercept::declared::{RESOLV_CONF, resolvers};
-use crate::intercept::{self, Applied, Backend, InboundMode, Plan, Standing};
+use crate::intercept::resolvers::resolvers_in_netns;
+use crate::intercept::{self, Applied, Backend, InboundMode, Plan, Standing, Udp};
 
 /// What `redirect` does.
 #[derive(Debug, clap::Subcommand)]
@@ -116,7 +116,10 @@ pub fn redirect(command: &RedirectCommand, streams: &mut Streams<'_>) -> Outcome
 }
 
 fn apply(args: &ApplyArgs, streams: &mut Streams<'_>) -> Outcome {
-    let (plan, config) = plan(&args.config.config)?;
+    let (plan, config) = plan(&args.config.config, args.netns.as_deref())?;
+    if asks_nobody(&plan, &config) {
+        writeln!(streams.err, "warning: no name server is known: DNS is refused; name `intercept.dns_servers`")?;
+    }
     let by_cgroup = plan.outbound.as_ref().is_some_and(|outbound| outbound.by_cgroup);
     #[cfg(feature = "ebpf")]
     if args.mode == Mode::Ebpf && !by_cgroup {
@@ -192,7 +195,7 @@ fn remove(args: &RemoveArgs, streams: &mut Streams<'_>) -> Outcome {
 }
 
 fn show(args: &ShowArgs, streams: &mut Streams<'_>) -> Outcome {
-    let (plan, _) = plan(&args.config.config)?;
+    let (plan, _) = plan(&args.config.config, None)?;
     match args.format {
         Format::Nft => write!(streams.out, "{}", intercept::nft_text(&plan))?,
         Format::Iptables => {
@@ -203,10 +206,16 @@ fn show(args: &ShowArgs, streams: &mut Streams<'_>) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What a config wants to have captured.
-fn plan(config: &Path) -> Result<(Plan, Config), Failure> {
+/// Whether name servers may be asked, and it is neither declared nor found which.
+fn asks_nobody(plan: &Plan, config: &Config) -> bool {
+    let declared = config.intercept.as_ref().is_some_and(|intercept| intercept.dns_servers.is_some());
+    plan.outbound.is_some() && plan.udp == Udp::Dns && plan.dns_servers.is_empty() && !declared
+}
+
+/// What a config wants to have captured in a network namespace.
+fn plan(config: &Path, netns: Option<&Path>) -> Result<(Plan, Config), Failure> {
     let loaded = load(config)?;
-    match Plan::declared(&loaded.config, &resolvers(Path::new(RESOLV_CONF))) {
+    match Plan::declared(&loaded.config, &resolvers_in_netns(netns)) {
         Some(plan) => Ok((plan, loaded.config)),
         None => Err(Failure::new(format!("{}: nothing is captured; declare it under `intercept`", config.display()))),
     }

@@ -1,7 +1,6 @@
 //! From what a config declares to a [`Plan`].
 
 use std::net::IpAddr;
-use std::path::Path;
 use std::time::Duration;
 
 use super::plan::{InboundCapture, InboundMode, OutboundCapture, Plan, ProxyOwner, Udp};
@@ -10,11 +9,6 @@ use crate::config::schema;
 
 /// The proxy ends a half-closed connection before conntrack forgets it.
 const SLACK: Duration = Duration::from_secs(60);
-/// Where the resolvers are declared that the C library asks: resolv.conf(5).
-pub const RESOLV_CONF: &str = "/etc/resolv.conf";
-/// More than the C library ever asks (`MAXNS` is 3), and as much as is read of the file.
-const MAX_RESOLVERS: usize = 16;
-const MAX_RESOLV_CONF: u64 = 64 * 1024;
 
 impl Plan {
     /// What `config` declares to be captured; none if nothing is. `resolvers` are where DNS may go if it does not say.
@@ -72,39 +66,9 @@ fn half_closed(config: &Config) -> Duration {
     longest.map_or(config.connections.half_closed_timeout, |span| span.max(config.connections.half_closed_timeout)).0
 }
 
-/// The resolvers that a file names in the form of resolv.conf(5), at most 16; none if it cannot be read.
-pub fn resolvers(path: &Path) -> Vec<IpAddr> {
-    use std::io::Read;
-    let mut text = Vec::new();
-    if let Ok(file) = std::fs::File::open(path) {
-        let _ = file.take(MAX_RESOLV_CONF).read_to_end(&mut text);
-    }
-    resolvers_in(&String::from_utf8_lossy(&text))
-}
-
-fn resolvers_in(text: &str) -> Vec<IpAddr> {
-    let server = |line: &str| {
-        let mut words = line.split_ascii_whitespace();
-        let address = words.next().filter(|key| *key == "nameserver").and_then(|_| words.next())?;
-        // A link-local address may name its interface.
-        address.split('%').next()?.parse().ok()
-    };
-    text.lines().filter_map(server).take(MAX_RESOLVERS).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn resolvers_are_read_as_the_c_library_reads_them() {
-        let text = "# nameserver 192.0.2.1\nsearch a.example\n nameserver 10.96.0.10\nnameserver fe80::1%eth0 # x\n\
-                    nameserver\nnameserver nonsense\nnameservers 192.0.2.2\nnameserver\t::1\n";
-        let found: Vec<String> = resolvers_in(text).iter().map(ToString::to_string).collect();
-        assert_eq!(found, ["10.96.0.10", "fe80::1", "::1"]);
-        assert_eq!(resolvers_in(&"nameserver 192.0.2.1\n".repeat(100)).len(), MAX_RESOLVERS);
-        assert!(resolvers(Path::new("/nonexistent/resolv.conf")).is_empty());
-    }
 
     #[test]
     fn listeners_of_their_own_are_not_captured() {
