@@ -62,10 +62,10 @@ pub struct RemoveArgs {
     /// The network namespace, if not this process's own: /run/netns/NAME or /proc/PID/ns/net.
     #[arg(long, value_name = "PATH")]
     pub netns: Option<PathBuf>,
-    /// The cgroup whose processes are captured, if not this process's own.
+    /// eBPF capture: the one cgroup to remove the programs from. Without it from every one in the network namespace.
     #[cfg(feature = "ebpf")]
-    #[command(flatten)]
-    pub cgroup: programs::CgroupArgs,
+    #[arg(long, value_name = "PATH")]
+    pub cgroup: Option<PathBuf>,
 }
 
 /// Arguments of `redirect show`.
@@ -145,6 +145,9 @@ fn apply(args: &ApplyArgs, streams: &mut Streams<'_>) -> Outcome {
         if let Some(cgroup) = &cgroup {
             intercept::ebpf::apply(&plan, cgroup)?;
         }
+        // Of an earlier config, or of another cgroup. Until here they have kept the gate shut.
+        #[cfg(feature = "ebpf")]
+        intercept::ebpf::clear_others(cgroup.as_ref())?;
         // The kernel took them; this says that nobody else undid them in the same moment.
         Ok((applied, intercept::standing(&plan)?))
     })?;
@@ -188,7 +191,7 @@ fn told(plan: &Plan, applied: Applied) -> String {
 
 fn remove(args: &RemoveArgs, streams: &mut Streams<'_>) -> Outcome {
     #[cfg(feature = "ebpf")]
-    inside(args.netns.as_deref(), || args.cgroup.remove())?;
+    inside(args.netns.as_deref(), || programs::remove(args.cgroup.as_deref()))?;
     inside(args.netns.as_deref(), intercept::remove)?;
     writeln!(streams.out, "removed: no rule of portcullis is left")?;
     Ok(ExitCode::SUCCESS)
