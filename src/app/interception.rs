@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use super::Proxy;
 use crate::admin::{Readiness, Token};
 use crate::clock::Clock;
-use crate::intercept::declared::{RESOLV_CONF, resolvers};
+use crate::intercept::resolvers::{RESOLV_CONF, resolvers};
 use crate::intercept::{Plan, Seen, Watch};
 use crate::posture::{Kind, Register};
 

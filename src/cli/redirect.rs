@@ -14,8 +14,8 @@ use clap::ValueEnum;
 
 use super::{Failure, Outcome, Streams};
 use crate::config::{Config, load};
-use crate::intercept::declared::{RESOLV_CONF, resolvers};
-use crate::intercept::{self, Applied, Backend, InboundMode, Plan, Standing};
+use crate::intercept::resolvers::resolvers_in_netns;
+use crate::intercept::{self, Applied, Backend, InboundMode, Plan, Standing, Udp};
 
 /// What `redirect` does.
 #[derive(Debug, clap::Subcommand)]
@@ -62,10 +62,10 @@ pub struct RemoveArgs {
     /// The network namespace, if not this process's own: /run/netns/NAME or /proc/PID/ns/net.
     #[arg(long, value_name = "PATH")]
     pub netns: Option<PathBuf>,
-    /// The cgroup whose processes are captured, if not this process's own.
+    /// eBPF capture: the one cgroup to remove the programs from. Without it from every one in the network namespace.
     #[cfg(feature = "ebpf")]
-    #[command(flatten)]
-    pub cgroup: programs::CgroupArgs,
+    #[arg(long, value_name = "PATH")]
+    pub cgroup: Option<PathBuf>,
 }
 
 /// Arguments of `redirect show`.
@@ -116,7 +116,10 @@ pub fn redirect(command: &RedirectCommand, streams: &mut Streams<'_>) -> Outcome
 }
 
 fn apply(args: &ApplyArgs, streams: &mut Streams<'_>) -> Outcome {
-    let (plan, config) = plan(&args.config.config)?;
+    let (plan, config) = plan(&args.config.config, args.netns.as_deref())?;
+    if asks_nobody(&plan, &config) {
+        writeln!(streams.err, "warning: no name server is known: DNS is refused; name `intercept.dns_servers`")?;
+    }
     let by_cgroup = plan.outbound.as_ref().is_some_and(|outbound| outbound.by_cgroup);
     #[cfg(feature = "ebpf")]
     if args.mode == Mode::Ebpf && !by_cgroup {
@@ -142,6 +145,9 @@ fn apply(args: &ApplyArgs, streams: &mut Streams<'_>) -> Outcome {
         if let Some(cgroup) = &cgroup {
             intercept::ebpf::apply(&plan, cgroup)?;
         }
+        // Of an earlier config, or of another cgroup. Until here they have kept the gate shut.
+        #[cfg(feature = "ebpf")]
+        intercept::ebpf::clear_others(cgroup.as_ref())?;
         // The kernel took them; this says that nobody else undid them in the same moment.
         Ok((applied, intercept::standing(&plan)?))
     })?;
@@ -185,14 +191,14 @@ fn told(plan: &Plan, applied: Applied) -> String {
 
 fn remove(args: &RemoveArgs, streams: &mut Streams<'_>) -> Outcome {
     #[cfg(feature = "ebpf")]
-    inside(args.netns.as_deref(), || args.cgroup.remove())?;
+    inside(args.netns.as_deref(), || programs::remove(args.cgroup.as_deref()))?;
     inside(args.netns.as_deref(), intercept::remove)?;
     writeln!(streams.out, "removed: no rule of portcullis is left")?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn show(args: &ShowArgs, streams: &mut Streams<'_>) -> Outcome {
-    let (plan, _) = plan(&args.config.config)?;
+    let (plan, _) = plan(&args.config.config, None)?;
     match args.format {
         Format::Nft => write!(streams.out, "{}", intercept::nft_text(&plan))?,
         Format::Iptables => {
@@ -203,10 +209,16 @@ fn show(args: &ShowArgs, streams: &mut Streams<'_>) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What a config wants to have captured.
-fn plan(config: &Path) -> Result<(Plan, Config), Failure> {
+/// Whether name servers may be asked, and it is neither declared nor found which.
+fn asks_nobody(plan: &Plan, config: &Config) -> bool {
+    let declared = config.intercept.as_ref().is_some_and(|intercept| intercept.dns_servers.is_some());
+    plan.outbound.is_some() && plan.udp == Udp::Dns && plan.dns_servers.is_empty() && !declared
+}
+
+/// What a config wants to have captured in a network namespace.
+fn plan(config: &Path, netns: Option<&Path>) -> Result<(Plan, Config), Failure> {
     let loaded = load(config)?;
-    match Plan::declared(&loaded.config, &resolvers(Path::new(RESOLV_CONF))) {
+    match Plan::declared(&loaded.config, &resolvers_in_netns(netns)) {
         Some(plan) => Ok((plan, loaded.config)),
         None => Err(Failure::new(format!("{}: nothing is captured; declare it under `intercept`", config.display()))),
     }

@@ -28,7 +28,7 @@ pub struct Intercept {
     /// What becomes of UDP and of everything else that is neither TCP nor ICMP.
     #[serde(default)]
     pub udp: Udp,
-    /// The resolvers that DNS may go to; those of `/etc/resolv.conf` when absent.
+    /// The resolvers that DNS may go to; those of `/etc/resolv.conf` when absent. If that names none, no DNS passes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dns_servers: Option<Vec<IpAddr>>,
     /// How long a captured connection is held while there is no identity yet.

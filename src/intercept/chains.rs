@@ -96,7 +96,7 @@ fn output_nat(plan: &Plan) -> Option<Chain> {
     Some(Chain { name: "output_nat", base: base(Kind::Nat, Hook::Output, DSTNAT), rules })
 }
 
-/// Name servers over TCP. Without a list every host would be reachable in clear by its port 53.
+/// Name servers over TCP.
 fn name_servers_pass(plan: &Plan) -> impl Iterator<Item = Rule> {
     plan.dns_servers.iter().filter(|_| plan.udp != Udp::Refuse).map(|server| {
         let matches = [Match::Destination(IpNet::from(*server)), Match::DestinationPort(TCP, DNS)];
@@ -250,9 +250,6 @@ fn uncaptured(plan: &Plan, outbound: &OutboundCapture) -> Vec<Rule> {
         for server in &plan.dns_servers {
             let matches = [Match::Destination(IpNet::from(*server)), Match::DestinationPort(UDP, DNS)];
             rules.push(rule(matches, Action::Return, "a name server"));
-        }
-        if plan.dns_servers.is_empty() {
-            rules.push(rule([Match::DestinationPort(UDP, DNS)], Action::Return, "any name server"));
         }
     }
     rules.push(rule([], Action::Unreachable, "only TCP passes the gate"));

@@ -117,25 +117,34 @@ fn compare(ruleset: &Ruleset, family: Family, saved: &str) -> Vec<String> {
     differences
 }
 
-/// What is compared of a rule: flags that take one value and are written alike by whoever saves.
-const DECIDING: [&str; 16] = [
-    "-p",
-    "-s",
-    "-d",
-    "-i",
-    "-o",
-    "-j",
-    "-g",
-    "--sport",
-    "--dport",
-    "--uid-owner",
-    "--gid-owner",
-    "--dscp",
-    "--ctstate",
-    "--dst-type",
-    "--to-ports",
-    "--on-port",
+/// What is compared of a rule: flags that are written alike by whoever saves, and how many values each takes.
+const DECIDING: [(&str, usize); 23] = [
+    ("-p", 1),
+    ("-s", 1),
+    ("-d", 1),
+    ("-i", 1),
+    ("-o", 1),
+    ("-j", 1),
+    ("-g", 1),
+    ("--sport", 1),
+    ("--dport", 1),
+    ("--tcp-flags", 2),
+    ("--socket-exists", 0),
+    ("--uid-owner", 1),
+    ("--gid-owner", 1),
+    ("--mark", 1),
+    ("--dscp", 1),
+    ("--ctstate", 1),
+    ("--ctdir", 1),
+    ("--dst-type", 1),
+    ("--set-mark", 1),
+    ("--to-ports", 1),
+    ("--on-port", 1),
+    ("--tproxy-mark", 1),
+    ("--reject-with", 1),
 ];
+/// Modules that decide by being named, or that share their flag with another one.
+const MODULES: [&str; 3] = ["socket", "mark", "connmark"];
 
 /// The rules of a chain as sorted flags with their values. A negation stays in front of its flag.
 fn essence(saved: &str, table: &str, chain: &str) -> Vec<Vec<String>> {
@@ -143,23 +152,31 @@ fn essence(saved: &str, table: &str, chain: &str) -> Vec<Vec<String>> {
         .map(|line| {
             // Comments are quoted, and in them nothing decides.
             let plain: String = line.split('"').step_by(2).collect();
-            let words: Vec<&str> = plain.split_ascii_whitespace().collect();
-            let mut before = "";
-            let mut parts = Vec::new();
-            for pair in words.windows(2) {
-                if let [flag, value] = pair
-                    && DECIDING.contains(flag)
-                {
-                    let value = value.strip_suffix("/32").or_else(|| value.strip_suffix("/128")).unwrap_or(value);
-                    let negated = if before == "!" { "! " } else { "" };
-                    parts.push(format!("{negated}{flag} {value}"));
-                }
-                before = pair.first().copied().unwrap_or_default();
-            }
+            let mut parts = deciding(&plain);
             parts.sort_unstable();
             parts
         })
         .collect()
+}
+
+fn deciding(line: &str) -> Vec<String> {
+    let mut words = line.split_ascii_whitespace();
+    let (mut parts, mut negation) = (Vec::new(), "");
+    while let Some(word) = words.next() {
+        // Marks are saved with their mask. No rule of ours has another one than all bits.
+        let flag = if word == "--set-xmark" { "--set-mark" } else { word };
+        if flag == "-m" {
+            parts.extend(words.next().filter(|module| MODULES.contains(module)).map(|module| format!("-m {module}")));
+        } else if let Some((_, values)) = DECIDING.iter().find(|(known, _)| *known == flag) {
+            let values = words.by_ref().take(*values).map(|value| {
+                let short = ["/32", "/128", "/0xffffffff"].iter().find_map(|whole| value.strip_suffix(whole));
+                format!(" {}", short.unwrap_or(value))
+            });
+            parts.push(format!("{negation}{flag}{}", values.collect::<String>()));
+        }
+        negation = if word == "!" { "! " } else { "" };
+    }
+    parts
 }
 
 fn jumps_first(saved: &str, chain: &Chain, from: &str) -> bool {

@@ -110,7 +110,7 @@ fn rule_text(rule: &Rule, family: Family, table: &str) -> Option<Vec<String>> {
     for condition in &rule.matches {
         matches.extend(match_text(condition, family, &mut protocol)?);
     }
-    let target = rule.actions.iter().find_map(|action| action_text(action, table))?;
+    let target = rule.actions.iter().find_map(|action| action_text(action, family, table))?;
     if !rule.comment.is_empty() {
         matches.push(format!("-m comment --comment \"{}\"", rule.comment));
     }
@@ -213,14 +213,16 @@ fn states_text(states: u32) -> String {
 }
 
 /// The target of an action; none where iptables has no word for it.
-fn action_text(action: &Action, table: &str) -> Option<String> {
+fn action_text(action: &Action, family: Family, table: &str) -> Option<String> {
     Some(match action {
         Action::Return => "-j RETURN".to_owned(),
         Action::Accept => "-j ACCEPT".to_owned(),
         // REJECT is of the table `filter` only.
         Action::Reset if table == "filter" => "-j REJECT --reject-with tcp-reset".to_owned(),
         Action::Drop | Action::Reset => "-j DROP".to_owned(),
-        Action::Unreachable => "-j REJECT".to_owned(),
+        // What REJECT does by itself. The save programs write it out.
+        Action::Unreachable if family == Family::V4 => "-j REJECT --reject-with icmp-port-unreachable".to_owned(),
+        Action::Unreachable => "-j REJECT --reject-with icmp6-port-unreachable".to_owned(),
         Action::Redirect(port) => format!("-j REDIRECT --to-ports {port}"),
         Action::Tproxy(_, port) => format!("-j TPROXY --on-port {port} --tproxy-mark 0x0/0x0"),
         Action::Goto(chain) => format!("-g {}", own(chain)),

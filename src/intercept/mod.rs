@@ -32,6 +32,7 @@ mod nft_text;
 mod nftables;
 mod original;
 pub mod plan;
+pub mod resolvers;
 mod routing;
 mod rules;
 pub mod verify;

@@ -25,8 +25,8 @@ pub struct Plan {
     pub outbound: Option<OutboundCapture>,
     /// What becomes of traffic that is not TCP.
     pub udp: Udp,
-    /// Name servers that the workload may ask in clear, over UDP and TCP, unless `udp` is `Refuse`. Empty: any, over UDP
-    /// only; TCP to port 53 is then captured like everything else.
+    /// Name servers that the workload may ask in clear, over UDP and TCP, unless `udp` is `Refuse`. To any other host port
+    /// 53 is like every port, so with an empty list no DNS passes.
     pub dns_servers: Vec<IpAddr>,
     /// How long a captured connection of which one side has finished may be silent before conntrack forgets it. Whole
     /// seconds, at least one.

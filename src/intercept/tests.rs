@@ -83,16 +83,24 @@ fn outbound_capture_is_the_last_word_after_all_exemptions() {
 }
 
 #[test]
-fn without_a_list_of_name_servers_tcp_to_port_53_is_captured_and_udp_passes() {
-    let mut plan = everything();
-    plan.dns_servers.clear();
-    let text = nft_text(&plan);
-    assert!(!chain(&text, "output_nat").iter().any(|rule| rule.contains("53 return")), "{text}");
-    assert!(chain(&text, "output_filter").contains(&"udp dport 53 return".to_owned()), "{text}");
-    plan.udp = Udp::Refuse;
-    plan.dns_servers = everything().dns_servers;
-    let text = nft_text(&plan);
-    assert!(!text.contains("dport 53"), "{text}");
+fn dns_passes_to_listed_name_servers_alone_and_to_none_where_none_is_known() {
+    let by_cgroup = |mut plan: Plan| {
+        plan.outbound.as_mut().unwrap().by_cgroup = true;
+        plan
+    };
+    let unknown = || Plan { dns_servers: Vec::new(), ..everything() };
+    let refused = || Plan { udp: Udp::Refuse, ..everything() };
+    for plan in [unknown(), refused(), by_cgroup(unknown()), by_cgroup(refused())] {
+        let (v4, v6) = iptables_text(&plan);
+        for text in [nft_text(&plan), v4, v6] {
+            assert!(!text.contains("dport 53"), "{text}");
+        }
+    }
+    for plan in [everything(), by_cgroup(everything())] {
+        let all = nft_text(&plan);
+        let rules: Vec<&str> = all.lines().filter(|line| line.contains("dport 53 ")).collect();
+        assert!(rules.len() == 4 && rules.iter().all(|rule| rule.contains(" daddr ")), "{rules:?}");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod connections;
 mod pod;
 mod traffic;
 
+use std::path::Path;
 use std::process::Command;
 
 use portcullis::intercept::{self, Backend, InboundMode, ProxyOwner, Standing};
@@ -146,6 +147,16 @@ fn iptables_rules_that_another_hand_has_undone_are_noticed_and_mended() {
         assert!(matches!(pod.standing(&plan()), Standing::Differs(_)), "{damage}");
         pod.inside(intercept::remove).unwrap();
     }
+    for damage in [
+        "iptables-legacy -t mangle -R PORTCULLIS_OUTPUT 1 -p tcp -m mark --mark 0x1506 -m conntrack --ctstate NEW -j CONNMARK --set-mark 0x1507",
+        "ip6tables-legacy -t mangle -R PORTCULLIS_OUTPUT 2 -m conntrack --ctdir REPLY -j MARK --set-mark 0x1506",
+    ] {
+        pod.apply(&tproxy(true), Backend::Iptables);
+        assert_eq!(pod.standing(&tproxy(true)), Standing::Whole);
+        pod.in_pod(damage);
+        assert!(matches!(pod.standing(&tproxy(true)), Standing::Differs(_)), "{damage}");
+        pod.inside(intercept::remove).unwrap();
+    }
 }
 
 #[test]
@@ -197,6 +208,21 @@ fn the_command_applies_shows_and_removes() {
         assert_eq!((code, out.as_str(), err.as_str()), (Some(0), "removed: no rule of portcullis is left\n", ""));
         assert!(!pod.in_pod("iptables-legacy-save").contains("PORTCULLIS"));
     }
+
+    // The namespace has no file of its own yet, and its name servers are not those of this process.
+    std::fs::write(&config, text("intercept: { outbound: {} }\n")).unwrap();
+    let own = Path::new("/etc/netns").join(&pod.pod);
+    std::fs::create_dir_all(&own).unwrap();
+    for (servers, asked, warned) in [("", false, true), ("nameserver 10.99.0.53\n", true, false)] {
+        std::fs::write(own.join("resolv.conf"), servers).unwrap();
+        let (code, _, err) = redirect(&[], &[&["apply"], &netns[..]].concat());
+        let warning = "warning: no name server is known: DNS is refused; name `intercept.dns_servers`\n";
+        assert_eq!((code, err.as_str()), (Some(0), if warned { warning } else { "" }));
+        let rules = pod.nft_list();
+        assert_eq!((rules.contains("10.99.0.53"), rules.contains("dport 53 ")), (asked, asked), "{rules}");
+    }
+    std::fs::remove_dir_all(own).unwrap();
+    pod.inside(intercept::remove).unwrap();
 
     let powerless = ["ip", "netns", "exec", &pod.pod, "setpriv", "--bounding-set=-all", "--inh-caps=-all"];
     for command in ["apply", "remove"] {

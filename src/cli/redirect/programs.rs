@@ -1,6 +1,6 @@
 //! The eBPF part of `redirect`: whose processes are captured, and the programs beside the rules.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::cli::Failure;
 use crate::config::Config;
@@ -27,18 +27,13 @@ impl CgroupArgs {
         }
         .map_err(Failure::new)
     }
+}
 
-    /// Removes the programs from the cgroup, if there are any. Without a path a process that is in no cgroup that it can
-    /// see has none to remove.
-    pub(super) fn remove(&self) -> Result<(), Error> {
-        let cgroup = match &self.cgroup {
-            Some(path) => Cgroup::open(path)?,
-            None => match Cgroup::own() {
-                Ok(cgroup) => cgroup,
-                Err(_) => return Ok(()),
-            },
-        };
-        ebpf::remove(&cgroup).map(|_| ())
+/// Removes the programs from a cgroup, or all that are in the network namespace.
+pub(super) fn remove(cgroup: Option<&Path>) -> Result<(), Error> {
+    match cgroup {
+        Some(path) => ebpf::remove(&Cgroup::open(path)?).map(|_| ()),
+        None => ebpf::clear_others(None).map(|_| ()),
     }
 }
 

@@ -47,7 +47,7 @@ pub enum Output {
 /// # Errors
 /// Something passes, or cannot be told; or why nothing could be tried.
 pub(super) fn verify(args: &VerifyArgs, streams: &mut Streams<'_>) -> Outcome {
-    let (plan, config) = plan(&args.config.config)?;
+    let (plan, config) = plan(&args.config.config, args.netns.as_deref())?;
     #[cfg_attr(not(feature = "ebpf"), expect(unused_mut, reason = "another finding comes with eBPF"))]
     let mut findings = inside(args.netns.as_deref(), || Ok(attempt_all(&plan, args.user)))?;
     #[cfg(feature = "ebpf")]

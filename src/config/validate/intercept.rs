@@ -83,6 +83,13 @@ fn options(c: &mut Checker<'_>, intercept: &Intercept) {
         if inbound.preserve_source && inbound.mode != InboundMode::Tproxy {
             c.error(at!["intercept", "inbound", "preserve_source"], "needs `mode: tproxy`");
         }
+        if inbound.preserve_source && owner.uid.is_none() && owner.gid.is_none() {
+            // A socket has one mark.
+            let what = "what goes to the workload from the client's address carries the mark of `inbound` and not the \
+                        proxy's, so it would be captured again; name the proxy's `uid` or `gid`, or remove \
+                        `preserve_source`";
+            c.error(at!["intercept", "proxy"], what);
+        }
         if inbound.mark == 0 || Some(inbound.mark) == owner.mark {
             c.error(at!["intercept", "inbound", "mark"], "needs a mark of its own, and not 0");
         }

@@ -56,6 +56,21 @@ pub fn remove(cgroup: &Cgroup) -> Result<bool, Error> {
     removed.map(|done| done.is_some()).map_err(|why| Error::new(format!("removing eBPF capture: {why}")))
 }
 
+/// Ends the captures of all other cgroups, or of all, in the network namespace of the calling thread: what an earlier
+/// config or another `--cgroup` has left there. How many there were.
+///
+/// # Errors
+/// Why it could not.
+pub fn clear_others(keep: Option<&Cgroup>) -> Result<usize, Error> {
+    let bpffs = Path::new(pins::BPFFS);
+    // Kernels without eBPF capture have none, and know no cookies.
+    if !pins::any(bpffs) {
+        return Ok(0);
+    }
+    let cleared = netns_cookie().and_then(|netns| pins::clear_others(bpffs, keep, netns));
+    cleared.map_err(|why| Error::new(format!("removing other eBPF captures: {why}")))
+}
+
 /// What is wrong with the capture of this cgroup in the network namespace of the calling thread; nothing if it stands as
 /// declared. Needs what [`apply`] needs.
 ///

@@ -83,6 +83,27 @@ impl Pins {
     }
 }
 
+/// Detaches and removes the captures of this network namespace, but not that of `keep`. How many there were.
+pub(super) fn clear_others(bpffs: &Path, keep: Option<&Cgroup>, netns: u64) -> Result<usize, String> {
+    let ours = bpffs.join("portcullis");
+    let (kept, ending) = (keep.map(|cgroup| name(cgroup, netns)), format!("-{netns}"));
+    let _lock = lock(&ours)?;
+    let mut cleared = 0;
+    for directory in files(&ours)? {
+        let of = directory.file_name().and_then(|name| name.to_str()).filter(|name| name.ends_with(&ending));
+        if of.is_some_and(|name| kept.as_deref() != Some(name)) {
+            clear(&directory)?;
+            cleared += 1;
+        }
+    }
+    Ok(cleared)
+}
+
+/// Whether there may be captures. Who may not look there has made none, and none of them opens the gate.
+pub(super) fn any(bpffs: &Path) -> bool {
+    std::fs::read_dir(bpffs.join("portcullis")).is_ok_and(|mut entries| entries.next().is_some())
+}
+
 fn name(cgroup: &Cgroup, netns: u64) -> String {
     format!("{}-{netns}", cgroup.id)
 }

@@ -1,6 +1,6 @@
 use super::*;
 use crate::intercept::chains::ruleset;
-use crate::intercept::tests::everything;
+use crate::intercept::tests::{everything, transparent};
 
 const SAVED: &str = "\
 # Generated
@@ -47,6 +47,49 @@ fn our_own_text_has_no_difference_and_a_change_is_told() {
         let behind = text.replace("-A OUTPUT -j", "-A OUTPUT -j ACCEPT\n-A OUTPUT -j");
         assert_eq!(compare(&ruleset, family, &behind).len(), 2, "{:?}", compare(&ruleset, family, &behind));
     }
+}
+
+#[test]
+fn a_rule_that_has_lost_a_flag_is_another_one() {
+    let flags = |line: &str| {
+        let words = line.split(' ').skip(2).filter(|word| word.starts_with('-') && !["-m", "--comment"].contains(word));
+        words.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let mut seen = std::collections::BTreeSet::new();
+    let mut by_user = everything();
+    by_user.proxy.mark = None;
+    for (plan, family) in
+        [everything(), transparent(), by_user].iter().flat_map(|plan| Family::BOTH.map(|of| (plan, of)))
+    {
+        let ruleset = ruleset(plan);
+        let text = text(&ruleset, family, &Present::default()).replace("-I ", "-A ").replace(" 1 -j", " -j");
+        for line in text.lines().filter(|line| line.starts_with("-A PORTCULLIS_")) {
+            // Comments have no flags in them.
+            for flag in flags(line) {
+                let takes = DECIDING.iter().find(|(known, _)| **known == flag);
+                let values = takes.unwrap_or_else(|| panic!("{flag} is not compared: {line}")).1;
+                let (before, after) = line.split_once(&format!(" {flag}")).unwrap();
+                let rest: Vec<&str> = after.split(' ').skip(values + 1).collect();
+                let without = [&[before], &rest[..]].concat().join(" ");
+                let differences = compare(&ruleset, family, &text.replacen(line, &without, 1));
+                assert_eq!(differences.len(), 1, "{line}\n{without}\n{differences:?}");
+                seen.insert(flag);
+            }
+        }
+    }
+    // All that the rules have, and no flag is known that none has.
+    assert_eq!(seen.len(), DECIDING.len(), "{seen:?}");
+}
+
+#[test]
+fn marks_are_the_same_with_the_mask_that_the_save_programs_write() {
+    let ruleset = ruleset(&transparent());
+    let text = text(&ruleset, Family::V4, &Present::default()).replace("-I ", "-A ").replace(" 1 -j", " -j");
+    let saved = |mask: &str| text.replace("--set-mark 0x1506", &format!("--set-xmark 0x1506/{mask}"));
+    assert_eq!(compare(&ruleset, Family::V4, &saved("0xffffffff")), Vec::<String>::new());
+    assert_eq!(compare(&ruleset, Family::V4, &saved("0xff")).len(), 1);
+    let other = text.replace("-m connmark --mark", "-m mark --mark");
+    assert_eq!(compare(&ruleset, Family::V4, &other).len(), 1);
 }
 
 #[test]

@@ -189,18 +189,16 @@ impl Cast<'_> {
 
     /// What is to be shown for each family.
     fn declared(&self) -> impl Iterator<Item = Attempt> {
-        let Plan { inbound, outbound, udp, dns_servers, .. } = self.plan;
+        let Plan { inbound, outbound, udp, .. } = self.plan;
         let outbound = outbound.as_ref();
         let refuses_udp = *udp != Udp::Allow;
-        // Without a list of servers each host may be asked over UDP.
-        let refuses_dns = *udp == Udp::Refuse || (*udp == Udp::Dns && !dns_servers.is_empty());
         let dns = outbound.is_some_and(|outbound| !outbound.skip_ports.contains(&DNS));
         [
             (Attempt::Proxy, outbound.is_some()),
             (Attempt::OutboundTcp, outbound.is_some()),
             (Attempt::OutboundTcpDns, dns),
             (Attempt::OutboundUdp, outbound.is_some() && refuses_udp),
-            (Attempt::OutboundUdpDns, dns && refuses_dns),
+            (Attempt::OutboundUdpDns, dns && refuses_udp),
             (Attempt::InboundTcp, inbound.is_some()),
             (Attempt::InboundUdp, inbound.is_some() && refuses_udp),
             (Attempt::OwnAddress, inbound.is_some()),

@@ -33,8 +33,7 @@ fn declared(plan: &Plan) -> Vec<Attempt> {
 fn what_is_attempted_is_what_the_plan_prevents() {
     let all = declared(&plan(Udp::Dns, &["192.0.2.53"], &[]));
     assert_eq!(all.len(), 8);
-    let any_server = declared(&plan(Udp::Dns, &[], &[]));
-    assert!(!any_server.contains(&Attempt::OutboundUdpDns) && any_server.contains(&Attempt::OutboundTcpDns));
+    assert_eq!(declared(&plan(Udp::Dns, &[], &[])).len(), 8);
     assert!(declared(&plan(Udp::Refuse, &[], &[])).contains(&Attempt::OutboundUdpDns));
     let no_udp = declared(&plan(Udp::Allow, &["192.0.2.53"], &[]));
     let of_udp = [Attempt::OutboundUdp, Attempt::OutboundUdpDns, Attempt::InboundUdp];

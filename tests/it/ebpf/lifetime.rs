@@ -146,6 +146,29 @@ async fn an_attempt_that_fails_leaves_nothing_and_takes_nothing_away() {
 }
 
 #[tokio::test]
+async fn captures_of_other_cgroups_in_the_same_network_namespace_alone_are_cleared() {
+    let Some(parts) = Gate::net() else { return };
+    let gate = Gate::closed(parts, plan()).await;
+    let elsewhere = gate.net.pod("elsewhere").await;
+    let [other, far] = [(); 2].map(|()| super::gate::OwnCgroup::below(&gate.cgroup));
+    for (pod, cgroup) in [(&gate.pod, other.opened()), (&elsewhere, far.opened())] {
+        pod.run(ROOT, move || ebpf::apply(&plan(), &cgroup)).await.unwrap();
+    }
+    let pins = || [&*gate.cgroup, &other, &far].map(|cgroup| super::gate::pins_of(&cgroup.0).is_some());
+    assert_eq!(pins(), [true; 3]);
+    let kept = gate.cgroup.opened();
+    assert_eq!(gate.pod.run(ROOT, move || ebpf::clear_others(Some(&kept))).await, Ok(1));
+    assert_eq!(pins(), [true, false, true]);
+    assert_eq!(gate.faults(plan()).await, []);
+    assert_eq!(gate.pod.run(ROOT, || ebpf::clear_others(None)).await, Ok(1));
+    assert_eq!(pins(), [false, false, true]);
+    let [to, _] = servers();
+    assert_eq!(gate.ask(to).await.unwrap().went, Went::Direct);
+    assert_eq!(elsewhere.run(ROOT, || ebpf::clear_others(None)).await, Ok(1));
+    assert_eq!(pins(), [false; 3]);
+}
+
+#[tokio::test]
 async fn what_is_left_of_a_cgroup_that_is_gone_is_swept_away() {
     let Some(parts) = Gate::net() else { return };
     let gate = Gate::open(parts).await;

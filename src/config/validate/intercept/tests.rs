@@ -19,11 +19,23 @@ fn a_source_is_preserved_only_where_there_is_one() {
         ("{ inbound: { preserve_source: true } }", "", "needs `mode: tproxy`"),
         (preserving, ", protocol: detect", "no one source address"),
         (preserving, ", to: '127.0.0.1:80'", "remove `to`"),
+        (
+            "{ inbound: { mode: tproxy, preserve_source: true }, proxy: { uid: null, mark: 5 } }",
+            "",
+            "name the proxy's `uid` or `gid`",
+        ),
         ("{ inbound: { mark: 5 }, proxy: { mark: 5 } }", "", "a mark of its own"),
         ("{ inbound: { table: 254 } }", "", "that table is the system's"),
     ] {
         let said = said(intercept, more).join("\n");
         assert!(said.contains(expected), "{intercept} {more}: {said}");
+    }
+    // A mark beside a user or group is fine, and alone it is where no source is preserved.
+    for intercept in [
+        "{ inbound: { mode: tproxy, preserve_source: true }, proxy: { gid: 7, mark: 5 } }",
+        "{ inbound: { mode: tproxy }, proxy: { mark: 5 } }",
+    ] {
+        assert_eq!(said(intercept, ""), [""; 0], "{intercept}");
     }
     // Listeners with an address of their own preserve nothing, and may carry requests.
     let own = "identity: unix:///a\nintercept: { inbound: { mode: tproxy, preserve_source: true } }\n\
