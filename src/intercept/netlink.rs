@@ -174,10 +174,14 @@ pub(super) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
     })
 }
 
-/// The error that an NLMSG_ERROR carries; an acknowledgement has none.
+/// The error that an NLMSG_ERROR carries; an acknowledgement has none. What is no error number (errno(3): 1 to 4095) is a
+/// broken answer.
 fn error_of(body: &[u8]) -> Option<Errno> {
-    let code = body.first_chunk::<4>().map_or(0, |code| i32::from_ne_bytes(*code));
-    (code != 0).then(|| Errno::from_raw_os_error(code.saturating_neg()))
+    match body.first_chunk::<4>().map_or(0, |code| i32::from_ne_bytes(*code)) {
+        0 => None,
+        code @ -4095..=-1 => Some(Errno::from_raw_os_error(-code)),
+        _ => Some(Errno::PROTO),
+    }
 }
 
 /// Messages to be sent in one piece.

@@ -66,6 +66,15 @@ fn what_the_kernel_refuses_says_which_message() {
     assert!(failed.message == Some(1) && failed.errno != Errno::TIMEDOUT, "{failed:?}");
 }
 
+#[test]
+fn a_number_that_is_no_error_is_a_broken_answer() {
+    let of = |code: i32| error_of(&code.to_ne_bytes());
+    assert_eq!((of(0), of(-1), of(-4095).is_some()), (None, Some(Errno::PERM), true));
+    for code in [1, -4096, i32::MIN, i32::MAX] {
+        assert_eq!(of(code), Some(Errno::PROTO), "{code}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
     #[test]
