@@ -106,16 +106,9 @@ impl InboundCapture {
 
     /// Serves until `stop`.
     pub async fn run(self: Arc<Self>, listener: Listener, shared: Arc<Shared>, stop: watch::Receiver<bool>) {
-        let serving = Arc::clone(&shared);
-        accept_loop(
-            listener,
-            NAME.into(),
-            Direction::Inbound,
-            || Protocol::Tcp,
-            shared,
-            stop,
-            move |accepted| Arc::clone(&self).serve(accepted, Arc::clone(&serving)),
-        )
+        accept(listener, Direction::Inbound, shared, stop, move |accepted, shared| {
+            Arc::clone(&self).serve(accepted, shared)
+        })
         .await;
     }
 
@@ -141,6 +134,22 @@ impl InboundCapture {
             }
         }
     }
+}
+
+/// Accepts at a capture port until `stop`.
+async fn accept<S, F>(
+    listener: Listener,
+    direction: Direction,
+    shared: Arc<Shared>,
+    stop: watch::Receiver<bool>,
+    serve: S,
+) where
+    S: Fn(Accepted, Arc<Shared>) -> F + Send + 'static,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let serving = Arc::clone(&shared);
+    let serve = move |accepted| serve(accepted, Arc::clone(&serving));
+    accept_loop(listener, NAME.into(), direction, || Protocol::Tcp, shared, stop, serve).await;
 }
 
 impl Accepted {

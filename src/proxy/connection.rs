@@ -15,7 +15,8 @@ use crate::tls::Peer;
 use crate::tls::reason::Reason;
 use crate::tls::record::{Direction, HandshakeRecord, Negotiated};
 
-use super::tcp::{Deadlines, End};
+use super::pace::Deadlines;
+use super::tcp::End;
 
 /// A connection that is registered and will leave a record.
 pub(super) struct Connection {

@@ -16,6 +16,7 @@ mod io;
 pub mod ledger;
 pub mod listener;
 mod outbound;
+pub mod pace;
 pub mod passthrough;
 mod plaintext;
 pub mod proxy_protocol;

@@ -391,7 +391,7 @@ async fn forward(
     mut connection: Connection,
     admitted: Admitted<Client>,
     server: Leg,
-    deadlines: super::tcp::Deadlines,
+    deadlines: super::pace::Deadlines,
     shared: Arc<Shared>,
 ) {
     let client = admitted.into_subject().leg;

@@ -19,8 +19,9 @@ use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
+use super::pace::{Deadlines, Pace};
 use super::record::Cause;
-use super::tcp::{Deadlines, End, Timer};
+use super::tcp::End;
 
 /// What a pipe holds, in bytes: below pipe-max-size (pipe(7)), and large enough that system calls do not count.
 const PIPE: usize = 512 * 1024;
@@ -258,11 +259,9 @@ pub struct Splice<'a, S, F> {
     client: &'a TcpStream,
     server: &'a TcpStream,
     stop: S,
-    progress: F,
     from_client: Half,
     from_server: Half,
-    told: (u64, u64),
-    timer: Timer,
+    pace: Pace<F>,
 }
 
 impl<'a, S, F> Splice<'a, S, F> {
@@ -272,11 +271,9 @@ impl<'a, S, F> Splice<'a, S, F> {
             client: client.socket,
             server: server.socket,
             stop,
-            progress,
             from_client: Half::after(client.ahead),
             from_server: Half::after(server.ahead),
-            told: (0, 0),
-            timer: Timer::new(deadlines),
+            pace: Pace::new(deadlines, progress),
         }
     }
 
@@ -297,18 +294,12 @@ where
         if let Some(cause) = (this.stop)(cx.waker()) {
             return Poll::Ready(End::new(cause));
         }
-        let was_half_closed = this.half_closed();
         let out = this.from_client.poll(cx, this.client, this.server);
         let back = match &out {
             Poll::Ready(Err(_)) => Poll::Pending,
             _ => this.from_server.poll(cx, this.server, this.client),
         };
-        let moved = (this.from_client.moved - this.told.0, this.from_server.moved - this.told.1);
-        if moved != (0, 0) {
-            this.told = (this.from_client.moved, this.from_server.moved);
-            this.timer.moved();
-            (this.progress)(moved.0, moved.1);
-        }
+        this.pace.moved((this.from_client.moved, this.from_server.moved));
         match (out, back) {
             (Poll::Ready(Err(error)), _) | (_, Poll::Ready(Err(error))) => {
                 return Poll::Ready(End { cause: Cause::Reset, detail: error.to_string() });
@@ -317,11 +308,7 @@ where
             _ => {}
         }
         let half_closed = this.half_closed();
-        if half_closed != was_half_closed {
-            this.timer.moved();
-            this.timer.reset(half_closed, None);
-        }
-        match this.timer.poll(cx, half_closed, None) {
+        match this.pace.poll(cx, half_closed, None) {
             Some(cause) => Poll::Ready(End::new(cause)),
             None => Poll::Pending,
         }

@@ -15,8 +15,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::Sleep;
 
+use super::pace::{Deadlines, Pace};
 use super::record::Cause;
 
 /// What a worker thread lends, in bytes: four TLS records.
@@ -28,79 +28,6 @@ const ROUNDS: usize = 8;
 
 thread_local! {
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; LENT].into_boxed_slice());
-}
-
-/// Times after which a connection ends.
-#[derive(Clone, Copy, Debug)]
-pub struct Deadlines {
-    /// Without a byte in either direction.
-    pub idle: Duration,
-    /// Without a byte, once one side has finished.
-    pub half_closed: Duration,
-    /// When it has reached its age.
-    pub max_age: Option<Instant>,
-    /// When the peer's SVID expires.
-    pub peer_expiry: Option<Instant>,
-}
-
-/// Tells a forwarder when a deadline has passed. That bytes move costs no look at a timer: it is set anew when it fires.
-#[derive(Debug)]
-pub(super) struct Timer {
-    deadlines: Deadlines,
-    last: Instant,
-    sleep: Pin<Box<Sleep>>,
-}
-
-impl Timer {
-    pub(super) fn new(deadlines: Deadlines) -> Self {
-        let last = Instant::now();
-        let mut timer = Self { deadlines, last, sleep: Box::pin(tokio::time::sleep_until(last.into())) };
-        timer.reset(false, None);
-        timer
-    }
-
-    /// Bytes have moved, or one side has finished.
-    pub(super) fn moved(&mut self) {
-        self.last = Instant::now();
-    }
-
-    /// For a deadline that comes earlier than those before.
-    pub(super) fn reset(&mut self, half_closed: bool, also: Option<(Instant, Cause)>) {
-        let next = self.next(half_closed, also).0;
-        self.sleep.as_mut().reset(next.into());
-    }
-
-    /// What has passed, if anything.
-    pub(super) fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-        half_closed: bool,
-        also: Option<(Instant, Cause)>,
-    ) -> Option<Cause> {
-        while self.sleep.as_mut().poll(cx).is_ready() {
-            let (at, cause) = self.next(half_closed, also);
-            if at <= Instant::now() {
-                return Some(cause);
-            }
-            self.sleep.as_mut().reset(at.into());
-        }
-        None
-    }
-
-    /// The deadline that comes first, and what it means.
-    fn next(&self, half_closed: bool, also: Option<(Instant, Cause)>) -> (Instant, Cause) {
-        let quiet = if half_closed {
-            (self.last + self.deadlines.half_closed, Cause::HalfClosed)
-        } else {
-            (self.last + self.deadlines.idle, Cause::Idle)
-        };
-        let fixed = [
-            self.deadlines.max_age.map(|at| (at, Cause::MaxAge)),
-            self.deadlines.peer_expiry.map(|at| (at, Cause::PeerExpired)),
-            also,
-        ];
-        fixed.into_iter().flatten().fold(quiet, |first, other| if other.0 < first.0 { other } else { first })
-    }
 }
 
 /// How a connection ended.
@@ -261,13 +188,11 @@ pub struct Forward<'a, T, P, S, F> {
     remote: &'a mut T,
     workload: &'a mut P,
     stop: S,
-    progress: F,
     from_remote: Half,
     from_workload: Half,
-    told: (u64, u64),
     /// Why nothing can be written to the remote side any more, and until when what its peer said last is waited for.
     broken: Option<(io::Error, Instant)>,
-    timer: Timer,
+    pace: Pace<F>,
 }
 
 impl<T, P, S, F> std::fmt::Debug for Forward<'_, T, P, S, F> {
@@ -286,12 +211,10 @@ impl<'a, T, P, S, F> Forward<'a, T, P, S, F> {
             remote,
             workload,
             stop,
-            progress,
             from_remote: Half::default(),
             from_workload: Half::default(),
-            told: (0, 0),
             broken: None,
-            timer: Timer::new(deadlines),
+            pace: Pace::new(deadlines, progress),
         }
     }
 
@@ -319,7 +242,6 @@ where
         if let Some(cause) = (this.stop)(cx.waker()) {
             return Poll::Ready(End::new(cause));
         }
-        let was_half_closed = this.half_closed();
         let inward = this.from_remote.poll(cx, (this.remote, Side::Remote), (this.workload, Side::Workload));
         if let Some((error, _)) = &this.broken {
             match inward {
@@ -335,29 +257,20 @@ where
             _ if this.broken.is_some() => Poll::Pending,
             _ => this.from_workload.poll(cx, (this.workload, Side::Workload), (this.remote, Side::Remote)),
         };
-        let moved = (this.from_remote.moved - this.told.0, this.from_workload.moved - this.told.1);
-        if moved != (0, 0) {
-            this.told = (this.from_remote.moved, this.from_workload.moved);
-            this.timer.moved();
-            (this.progress)(moved.0, moved.1);
-        }
+        this.pace.moved((this.from_remote.moved, this.from_workload.moved));
         match (inward, outward) {
             (Poll::Ready(Err((side, error))), _) => return Poll::Ready(end_of(side, &error)),
             (Poll::Pending, Poll::Ready(Err((Side::Remote, error)))) => {
                 // A peer that refuses us says why and goes: its alert may lie unread before the broken pipe.
                 this.broken = Some((error, Instant::now() + LAST_WORDS));
-                this.timer.reset(this.half_closed(), this.last_words());
+                this.pace.reset(this.last_words());
             }
             (_, Poll::Ready(Err((side, error)))) => return Poll::Ready(end_of(side, &error)),
             (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(End::new(Cause::Done)),
             _ => {}
         }
         let (half_closed, last_words) = (this.half_closed(), this.last_words());
-        if half_closed != was_half_closed {
-            this.timer.moved();
-            this.timer.reset(half_closed, last_words);
-        }
-        match this.timer.poll(cx, half_closed, last_words) {
+        match this.pace.poll(cx, half_closed, last_words) {
             Some(cause) => Poll::Ready(End::new(cause)),
             None => Poll::Pending,
         }

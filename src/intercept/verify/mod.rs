@@ -238,9 +238,7 @@ impl Scene<'_> {
         let here = |kind| target(kind, near, None, self.cast.inbound_skipped());
         let there = |kind, port| self.stage.there(|| target(kind, far, port, skipped)).unwrap_or_else(failed);
         let play = |attempt| match attempt {
-            // Not attempted: whoever knows the cgroup looks at them.
-            Attempt::Programs => unproven(attempt, "they are looked at elsewhere"),
-            Attempt::Rules => rules(self.cast.plan),
+            Attempt::Rules | Attempt::Programs => unproven(attempt, "it is read from the kernel, not attempted"),
             Attempt::Proxy => self.proxy_passes(there(Type::STREAM, None)),
             Attempt::OutboundTcp => captured(attempt, there(Type::STREAM, None), |to| by_tcp(to, application)),
             Attempt::OutboundTcpDns => captured(attempt, there(Type::STREAM, Some(DNS)), |to| by_tcp(to, application)),

@@ -181,35 +181,14 @@ fn speaks_v6() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::intercept::plan::{InboundCapture, InboundMode, OutboundCapture, ProxyOwner, Udp};
-
-    fn plan(destinations: &[&str], sources: &[&str]) -> Plan {
-        let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
-        Plan {
-            proxy: ProxyOwner { uid: Some(1337), ..ProxyOwner::default() },
-            inbound: Some(InboundCapture {
-                port: 15006,
-                mode: InboundMode::Redirect,
-                skip_ports: Vec::new(),
-                skip_sources: nets(sources),
-            }),
-            outbound: Some(OutboundCapture {
-                port: 15001,
-                skip_ports: Vec::new(),
-                skip_destinations: nets(destinations),
-                skip_uids: Vec::new(),
-                skip_gids: Vec::new(),
-                by_cgroup: false,
-            }),
-            udp: Udp::Dns,
-            dns_servers: vec!["192.0.2.53".parse().unwrap()],
-            half_closed: Duration::from_secs(60),
-        }
-    }
+    use crate::intercept::plan::Udp;
+    use crate::intercept::verify::tests::plan;
 
     #[test]
     fn a_host_that_is_exempt_proves_nothing() {
-        let plan = plan(&["198.51.100.0/24"], &["2001:db8::/32"]);
+        let mut plan = plan(Udp::Dns, &["192.0.2.53"], &[]);
+        plan.outbound.as_mut().unwrap().skip_destinations = vec!["198.51.100.0/24".parse().unwrap()];
+        plan.inbound.as_mut().unwrap().skip_sources = vec!["2001:db8::/32".parse().unwrap()];
         for exempt_one in ["198.51.100.9", "2001:db8:1::2", "192.0.2.53"] {
             assert!(exempt(&plan, exempt_one.parse().unwrap()), "{exempt_one}");
         }

@@ -1,7 +1,7 @@
 use super::super::plan::{InboundMode, ProxyOwner};
 use super::*;
 
-fn plan(udp: Udp, dns_servers: &[&str], skip_ports: &[u16]) -> Plan {
+pub(super) fn plan(udp: Udp, dns_servers: &[&str], skip_ports: &[u16]) -> Plan {
     Plan {
         proxy: ProxyOwner { uid: Some(1337), ..ProxyOwner::default() },
         inbound: Some(InboundCapture {

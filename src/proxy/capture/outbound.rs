@@ -13,12 +13,12 @@ use tokio::sync::watch;
 
 use super::first::{self, First, Wants};
 use super::names::{Name, Names};
-use super::{LOOP, NAME, OwnPorts, ours, refuse};
-use crate::config::schema::{CapturedDestinations, Detect, InboundMode, Passthrough, Protocol};
+use super::{LOOP, NAME, OwnPorts, accept, ours, refuse};
+use crate::config::schema::{CapturedDestinations, Detect, InboundMode, Passthrough};
 use crate::policy::http::pattern::HostPattern;
 use crate::proxy::connection::Connection;
 use crate::proxy::detect::Prefixed;
-use crate::proxy::listener::{Accepted, Listener, Outbound, Shared, accept_loop};
+use crate::proxy::listener::{Accepted, Listener, Outbound, Shared};
 use crate::proxy::outbound;
 use crate::proxy::passthrough::{self, Passed, Passing};
 use crate::proxy::record::{Carries, Cause};
@@ -182,16 +182,9 @@ impl OutboundCapture {
 
     /// Serves until `stop`.
     pub async fn run(self: Arc<Self>, listener: Listener, shared: Arc<Shared>, stop: watch::Receiver<bool>) {
-        let serving = Arc::clone(&shared);
-        accept_loop(
-            listener,
-            NAME.into(),
-            Direction::Outbound,
-            || Protocol::Tcp,
-            shared,
-            stop,
-            move |accepted| Arc::clone(&self).serve(accepted, Arc::clone(&serving)),
-        )
+        accept(listener, Direction::Outbound, shared, stop, move |accepted, shared| {
+            Arc::clone(&self).serve(accepted, shared)
+        })
         .await;
     }
 

@@ -24,9 +24,9 @@ use crate::policy::http::{ConnectionFacts, TlsFacts};
 use crate::policy::{ListenerPolicy, PeerPolicy};
 use crate::proxy::connection::Connection;
 use crate::proxy::listener::{Inbound, Outbound, Shared};
+use crate::proxy::pace::Deadlines;
 use crate::proxy::record::{Carries, Cause, RequestCause};
 use crate::proxy::registry::Entry;
-use crate::proxy::tcp::Deadlines;
 use crate::tls::Peer;
 use crate::tls::record::Negotiated;
 

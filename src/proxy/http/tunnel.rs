@@ -10,9 +10,10 @@ use hyper_util::rt::TokioIo;
 
 use super::endpoint::Lease;
 use super::exchange::Exchange;
+use crate::proxy::pace::Deadlines;
 use crate::proxy::record::{Cause, RequestCause};
 use crate::proxy::registry::Entry;
-use crate::proxy::tcp::{Deadlines, Forward};
+use crate::proxy::tcp::Forward;
 
 /// How long both sides may take to leave HTTP behind.
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(5);

@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::downstream::Downstream;
+use crate::proxy::pace::Deadlines;
 use crate::proxy::record::Cause;
-use crate::proxy::tcp::Deadlines;
 
 /// What a connection's timer has found.
 pub(super) enum Due {
